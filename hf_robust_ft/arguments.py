@@ -1,0 +1,122 @@
+"""``TrainingArguments`` with the few settings of robust fine-tuning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import TrainingArguments
+
+LOSS_CORRECTIONS = ("none", "forward", "backward")
+RADIUS_NORMS = ("frobenius", "inf_op")
+RADIUS_MODES = ("absolute", "relative")
+
+
+# HfArgumentParser takes the second member of these unions, str, as the type on the command line;
+# __post_init__ turns what it reads into the others.
+@dataclass
+class RobustTrainingArguments(TrainingArguments):
+    """Arguments of :class:`~hf_robust_ft.HessianRegularizedTrainer`, beside those of ``TrainingArguments``.
+
+    Raises:
+        ValueError: a value out of range or of the wrong type, when the object is made.
+    """
+
+    noise_transition: float | str | list[list[float]] | None = field(
+        default=None,
+        metadata={
+            "help": "Label noise T with T[i, j] = P(noisy label = j | true label = i): a symmetric rate (0.4), a "
+            "path to .npy or .json, or the matrix as JSON. None: no noise model."
+        },
+    )
+    loss_correction: str | None = field(
+        default=None,
+        metadata={
+            "help": "How T corrects the cross entropy: 'forward' (stable), 'backward' (unbiased for the clean loss, "
+            "but unbounded below) or 'none'. Default: 'forward' if noise_transition is given, else 'none'.",
+            "choices": LOSS_CORRECTIONS,
+        },
+    )
+    layer_radius: float | str | dict[str, float | None] | None = field(
+        default=None,
+        metadata={
+            "help": "Radius of the ball around each layer's pretrained weights: a number for all layers (a freshly "
+            "initialised head stays free), or JSON {name pattern: radius}, the first match decides, null frees, "
+            "layers without a match are free. None: no constraint."
+        },
+    )
+    radius_norm: str = field(
+        default="frobenius",
+        metadata={
+            "help": "Norm of the distance: 'frobenius' (the paper's) or 'inf_op' (largest row sum; rows are outputs).",
+            "choices": RADIUS_NORMS,
+        },
+    )
+    radius_mode: str = field(
+        default="absolute",
+        metadata={
+            "help": "'absolute' radii, or 'relative' to the norm of the layer's pretrained weights.",
+            "choices": RADIUS_MODES,
+        },
+    )
+    radius_growth: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor of the radius from one block to the next, counted from the input: "
+            "radius * radius_growth ** depth. 1: the same radius at every depth."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.noise_transition = _plain_transition(self.noise_transition)
+        self.layer_radius = _plain_radius(self.layer_radius)
+        _check_choice("loss_correction", self.loss_correction, (None, *LOSS_CORRECTIONS))
+        _check_choice("radius_norm", self.radius_norm, RADIUS_NORMS)
+        _check_choice("radius_mode", self.radius_mode, RADIUS_MODES)
+
+
+def _check_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{argument} is {value!r}; choose one of {', '.join(map(repr, choices))}")
+
+
+def _plain_transition(value: Any) -> float | str | list[list[float]] | None:
+    """A form that JSON can hold: arguments are written to logs, trackers and cards."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray):
+        return value.tolist()  # type: ignore[no-any-return]
+    return str(value) if isinstance(value, Path) else _number(value)
+
+
+def _plain_radius(value: Any) -> float | dict[str, float | None] | None:
+    if isinstance(value, Mapping):
+        return dict(value)
+    value = _number(value)
+    if not isinstance(value, str):
+        return value  # type: ignore[no-any-return]
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError:
+        parsed = value
+    if parsed is not None and not isinstance(parsed, (int, float, dict)):
+        raise ValueError(
+            f"layer_radius is {value!r}; give a number or JSON such as '{{\"*encoder.layer.*\": 0.3, \"*\": null}}'"
+        )
+    return parsed
+
+
+def _number(value: Any) -> Any:
+    """A string that spells a number, such as ``0.4`` or ``inf`` from a command line, as that number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value

@@ -1,0 +1,76 @@
+"""What a checkpoint must know to be resumed: which reference it was trained around, with which radii."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .reference import ReferenceMismatch
+
+RECORD_FILE = "_constraints.json"
+STATE_FILE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class ConstraintRecord:
+    """Written into every checkpoint of a constrained run."""
+
+    reference_sha256: str
+    radius_norm: str
+    radii: dict[str, float]
+
+    def save(self, checkpoint: str | Path) -> None:
+        """Write ``_constraints.json``; a reader never sees half of it."""
+        path = Path(checkpoint) / RECORD_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, checkpoint: str | Path) -> ConstraintRecord:
+        """Read ``_constraints.json`` of a checkpoint.
+
+        Raises:
+            ReferenceMismatch: there is none, or it is not what :meth:`save` writes.
+        """
+        path = Path(checkpoint) / RECORD_FILE
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ReferenceMismatch(
+                f"{path} is missing: this checkpoint was trained without layer_radius, so its centres are not known. "
+                "Resume with layer_radius=None, or start a new run from the pretrained weights"
+            ) from None
+        except (TypeError, ValueError) as error:
+            raise ReferenceMismatch(f"{path} is damaged ({error}): resume from another checkpoint") from None
+
+
+def last_complete_checkpoint(run_folder: str | Path) -> str | None:
+    """The newest checkpoint that was written to its end; None if there is none.
+
+    The Trainer writes ``trainer_state.json`` last. A run killed while saving leaves a folder without
+    it, or with half of it, and that folder can't be resumed from.
+    """
+    complete: dict[int, str] = {}
+    for folder in Path(run_folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = folder.name.rpartition("-")[2]
+        if step.isdigit() and _is_complete(folder):
+            complete[int(step)] = str(folder)
+    return complete[max(complete)] if complete else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    except (OSError, ValueError, TypeError):
+        return False
+    return True

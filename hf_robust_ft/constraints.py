@@ -1,0 +1,253 @@
+"""Layer-wise constraints ``‖W_i - W_i^ref‖ ≤ α_i``: radii, projection, and an audit of every parameter.
+
+Source: equation 7 and algorithm 1 of Ju, Li & Zhang 2022; Li & Zhang 2021; Gouk et al. 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import Tensor, nn
+
+from .layers import Layer, NotALayer, find_layers
+from .projection import Norm, distance, magnitude, project_
+from .reference import capture_reference, reference_weight
+
+Radius = float | Mapping[str, float | None] | None
+"""One radius for all layers, or name pattern → radius, where None and infinity leave a layer free."""
+
+
+@dataclass(frozen=True)
+class ConstraintRow:
+    """One trained parameter in the audit."""
+
+    name: str
+    shape: tuple[int, ...]
+    centre: Literal["pretrained", "initial"] | None
+    """``"initial"`` for a freshly initialised layer that was given a radius; None if free."""
+    radius: float | None
+    norm: Norm | None
+    distance: float | None
+    """Now, in the row's norm. None if free: no copy of a free weight is kept."""
+    free: str | None
+    """Why there is no constraint; None if there is one."""
+    tied: tuple[str, ...] = ()
+    """Other names of the same parameter."""
+
+    @property
+    def active(self) -> bool:
+        """Whether the weight lies on its ball (within 0.1 % of the radius)."""
+        return self.distance is not None and self.radius is not None and self.distance >= 0.999 * self.radius
+
+
+class ConstraintTable(tuple[ConstraintRow, ...]):
+    """Rows of the audit. ``print`` shows them as a table; ``pandas.DataFrame(table)`` reads them."""
+
+    def __str__(self) -> str:
+        header = ("parameter", "shape", "centre", "radius", "norm", "distance", "")
+        cells = [header]
+        for row in self:
+            name = row.name if not row.tied else f"{row.name} (= {', '.join(row.tied)})"
+            shape = "×".join(map(str, row.shape))
+            if row.free is not None:
+                cells.append((name, shape, "free", "", "", "", row.free))
+            else:
+                state = "active" if row.active else ""
+                values = (f"{row.radius:.4g}", str(row.norm), f"{row.distance:.4g}")
+                cells.append((name, shape, str(row.centre), *values, state))
+        widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+
+
+@dataclass(frozen=True)
+class Ball:
+    """One constrained layer: its centre in memory, the centre's norm, and the radius that results."""
+
+    layer: Layer
+    centre: Tensor
+    centre_norm: float
+    radius: float
+
+    def distance(self, norm: Norm) -> float:
+        """``‖W_i - W_i^ref‖`` now, in float64."""
+        return distance(self.layer.parameter, self.centre, norm, self.layer.row_dims or (0,))
+
+
+class LayerConstraints:
+    """The balls around the layers of one model.
+
+    Args:
+        model: unwrapped.
+        radius: see :data:`Radius`. A number holds for every layer but a freshly initialised one. In a
+            mapping, the first pattern that matches a layer decides (shell wildcards, case counts, against
+            the names of the parameter and of its module), and layers without a match are free.
+        norm: ``"frobenius"`` or ``"inf_op"`` (the largest row sum; rows are outputs).
+        mode: ``"absolute"``, or ``"relative"`` to ``‖W_i^ref‖`` in the same norm.
+        growth: γ of the depth schedule ``α_i = α γ^depth``.
+        reference: centres by parameter name, as stored by an earlier run; by default the present weights.
+
+    Raises:
+        ValueError: a negative or NaN radius, a pattern without a match, a growth that is not positive, a
+            relative radius around zero weights, an adapter model, a layer without rows under ``"inf_op"``.
+        ReferenceMismatch: a reference that lacks a layer or has another shape.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        radius: Radius,
+        *,
+        norm: Norm = "frobenius",
+        mode: Literal["absolute", "relative"] = "absolute",
+        growth: float = 1.0,
+        reference: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if not (math.isfinite(growth) and growth > 0):
+            raise ValueError(f"radius_growth is {growth}; it is a positive factor from one depth to the next")
+        self.norm: Norm = norm
+        layers, self._others = find_layers(model)
+        self._free: list[tuple[Layer, str]] = []
+        constrained: list[tuple[Layer, float]] = []
+        for layer, (value, free) in zip(layers, _assign(layers, radius, self._others), strict=True):
+            if free is None:
+                constrained.append((layer, value))
+            else:
+                self._free.append((layer, free))
+        if constrained and hasattr(model, "peft_config"):
+            raise ValueError(
+                "layer_radius is set on a PEFT model: a ball around one adapter factor does not bound the change "
+                "of the layer. Leave layer_radius=None with adapters, or fine-tune the full weights"
+            )
+        if reference is None:
+            reference = capture_reference(layer for layer, _ in constrained)
+        self._balls = [
+            _ball(layer, value * growth**layer.depth, norm, mode, reference) for layer, value in constrained
+        ]
+
+    def __len__(self) -> int:
+        """The number of constrained layers; an object without any is false."""
+        return len(self._balls)
+
+    @property
+    def reference(self) -> dict[str, Tensor]:
+        """The centres, by parameter name."""
+        return {ball.layer.name: ball.centre for ball in self._balls}
+
+    @property
+    def radii(self) -> dict[str, float]:
+        """The radii α_i in the norm of the constraint, by parameter name."""
+        return {ball.layer.name: ball.radius for ball in self._balls}
+
+    def project_(self) -> None:
+        """Move every constrained weight, in place, into its ball. Doing it twice changes nothing more."""
+        for ball in self._balls:
+            project_(
+                ball.layer.parameter,
+                ball.centre,
+                ball.radius,
+                self.norm,
+                reference_norm=ball.centre_norm,
+                row_dims=ball.layer.row_dims or (0,),
+            )
+
+    def distances(self) -> dict[str, float]:
+        """``‖W_i - W_i^ref‖`` of each constrained layer now, in float64, by parameter name."""
+        return {ball.layer.name: ball.distance(self.norm) for ball in self._balls}
+
+    def table(self) -> ConstraintTable:
+        """Every trained parameter: its centre, radius, norm and distance, or why it is free."""
+        rows = [
+            ConstraintRow(
+                name=ball.layer.name,
+                shape=tuple(ball.centre.shape),
+                centre="initial" if ball.layer.fresh else "pretrained",
+                radius=ball.radius,
+                norm=self.norm,
+                distance=ball.distance(self.norm),
+                free=None,
+                tied=ball.layer.tied,
+            )
+            for ball in self._balls
+        ]
+        rows += [
+            ConstraintRow(
+                layer.name, tuple(layer.parameter.shape), None, None, None, None, reason, tied=layer.tied
+            )
+            for layer, reason in self._free
+        ]
+        rows += [ConstraintRow(o.name, o.shape, None, None, None, None, o.reason) for o in self._others]
+        return ConstraintTable(rows)
+
+
+def _ball(layer: Layer, radius: float, norm: Norm, mode: str, reference: Mapping[str, Tensor]) -> Ball:
+    if norm == "inf_op" and layer.row_dims is None:
+        raise ValueError(
+            f"radius_norm='inf_op' has no rows in {layer.name} ({layer.kind}, shape "
+            f"{tuple(layer.parameter.shape)}); "
+            "use 'frobenius', or free it with a null radius"
+        )
+    centre = reference_weight(layer, reference)
+    centre_norm = magnitude(centre, norm, layer.row_dims or (0,))
+    if mode == "relative":
+        if centre_norm == 0:
+            raise ValueError(
+                f"radius_mode='relative', but the reference of {layer.name} is zero; "
+                "use 'absolute', or free it with a null radius"
+            )
+        radius *= centre_norm
+    return Ball(layer, centre, centre_norm, radius)
+
+
+def _assign(
+    layers: Sequence[Layer], radius: Radius, others: Sequence[NotALayer]
+) -> list[tuple[float, str | None]]:
+    """For each layer its radius before schedule and scaling, and why it is free (None if it is not)."""
+    if radius is None:
+        return [(math.inf, "layer_radius is None")] * len(layers)
+    if not isinstance(radius, Mapping):
+        value = _checked(radius, "layer_radius")
+        if not layers:
+            raise ValueError("layer_radius is set, but the model has no trained weight matrix to constrain")
+        free = "layer_radius is infinite" if math.isinf(value) else None
+        fresh = "freshly initialised, and layer_radius names no radius for it"
+        return [(value, fresh if layer.fresh else free) for layer in layers]
+    for pattern in radius:
+        if not any(_matches(layer, pattern) for layer in layers):
+            raise ValueError(_no_match(pattern, layers, others))
+    given: list[tuple[float, str | None]] = []
+    for layer in layers:
+        pattern = next((p for p in radius if _matches(layer, p)), None)
+        if pattern is None:
+            given.append((math.inf, "no pattern of layer_radius matches"))
+            continue
+        chosen = radius[pattern]
+        value = math.inf if chosen is None else _checked(chosen, f"layer_radius['{pattern}']")
+        given.append((value, f"freed by the pattern '{pattern}'" if math.isinf(value) else None))
+    return given
+
+
+def _checked(radius: float, argument: str) -> float:
+    if isinstance(radius, bool) or not isinstance(radius, (int, float)) or math.isnan(radius) or radius < 0:
+        raise ValueError(f"{argument} is {radius!r}; a radius is a number >= 0, or null or infinity for free")
+    return float(radius)
+
+
+def _matches(layer: Layer, pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in layer.matches())
+
+
+def _no_match(pattern: str, layers: Sequence[Layer], others: Sequence[NotALayer]) -> str:
+    message = f"layer_radius pattern '{pattern}' matches no layer"
+    wrapped = f"*{pattern}*"
+    hits = sum(_matches(layer, wrapped) for layer in layers)
+    if any(fnmatchcase(other.name, pattern) for other in others):
+        message += ": it matches only parameters that are no layers (biases, norms, tables), which are free"
+    elif hits:
+        message += f"; '{wrapped}' would match {hits} (patterns match whole names, with * and ?)"
+    names = [layer.name for layer in layers]
+    shown = names if len(names) <= 6 else [*names[:3], "…", *names[-2:]]
+    return f"{message}. Layers are {', '.join(shown)}"

@@ -1,0 +1,169 @@
+"""The corrected loss of a model's outputs, as the Trainer's ``compute_loss_func`` calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .losses import backward_corrected, cross_entropy, forward_corrected, reduce_loss
+from .noise import (
+    IGNORE_INDEX,
+    InverseTransition,
+    Matrix,
+    check_labels,
+    invert_transition,
+    load_transition,
+    read_transition,
+)
+
+Correction = Literal["forward", "backward"]
+
+
+class CorrectedLoss:
+    """Cross entropy corrected by T, on whatever a model returns.
+
+    Args:
+        correction: ``"forward"`` or ``"backward"``.
+        noise_transition: a symmetric rate, a path or a matrix; see
+            :func:`~hf_robust_ft.noise.load_transition`.
+        num_classes: K of the model. None where the model does not say: then the first logits do.
+        shift: whether position t predicts label t + 1 (causal language models).
+
+    Raises:
+        ValueError: a T that is no transition matrix, singular, or of the wrong size.
+    """
+
+    def __init__(
+        self,
+        correction: Correction,
+        noise_transition: Any,
+        *,
+        num_classes: int | None = None,
+        shift: bool = False,
+    ) -> None:
+        self.correction = correction
+        self.shift = shift
+        self.matrices: tuple[Matrix, InverseTransition] | None = None
+        """T and its inverse; None until the number of classes is known."""
+        self._source = read_transition(noise_transition)
+        self._tensors: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        # A rate without a number of classes has to wait for the first logits; all else is checked now.
+        if num_classes is not None or not isinstance(self._source, float):
+            self._build(num_classes)
+
+    def _build(self, num_classes: int | None) -> tuple[Matrix, InverseTransition]:
+        transition = load_transition(self._source, num_classes)
+        self.matrices = transition, invert_transition(transition)
+        return self.matrices
+
+    def __call__(
+        self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Sum of the corrected losses over ``num_items_in_batch``, a scalar.
+
+        Raises:
+            ValueError: no labels, labels that are no class indices, outside 0..K-1, or impossible under T;
+                outputs without logits, or logits whose classes or shape do not fit.
+        """
+        logits, labels = self._logits_and_labels(outputs, labels)
+        matrix, possible = self._on(logits)
+        self._check_labels(labels, possible)
+        return reduce_loss(self._losses(logits, labels, matrix), labels, num_items_in_batch)
+
+    def plain(
+        self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The uncorrected loss of the same outputs, for evaluation."""
+        logits, labels = self._logits_and_labels(outputs, labels)
+        # An evaluation set may hold labels that the noise never produces: clean ones.
+        self._check_labels(labels, torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device))
+        return reduce_loss(cross_entropy(logits, labels), labels, num_items_in_batch)
+
+    def per_example(self, outputs: Any, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """For each example of a batch the sum of its corrected losses and its number of targets, [B] each."""
+        logits, labels = self._logits_and_labels(outputs, labels)
+        matrix, _ = self._on(logits)
+        losses = self._losses(logits, labels, matrix)
+        kept = labels != IGNORE_INDEX
+        return losses.reshape(len(labels), -1).sum(1), kept.reshape(len(labels), -1).sum(1)
+
+    def _losses(self, logits: Tensor, labels: Tensor, matrix: Tensor) -> Tensor:
+        corrected = forward_corrected if self.correction == "forward" else backward_corrected
+        return corrected(logits, labels, matrix)
+
+    def _logits_and_labels(self, outputs: Any, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        if labels is None:
+            raise ValueError(
+                "a corrected loss needs labels, but the batch has none; name their column with label_names, or "
+                "set loss_correction='none'"
+            )
+        if labels.is_floating_point() or labels.is_complex():
+            raise ValueError(
+                f"labels have dtype {labels.dtype}; a corrected loss is for class indices, not for "
+                "regression, soft or multi-label targets"
+            )
+        logits = find_logits(outputs)
+        if self.shift:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        if logits.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; a corrected "
+                "loss needs one row of logits, classes last, for each label"
+            )
+        return logits, labels.to(logits.device)
+
+    def _on(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrix that the correction multiplies by, and which noisy labels can occur, as tensors."""
+        classes = logits.shape[-1]
+        transition, inverse = self.matrices or self._build(classes)
+        if len(transition) != classes:
+            raise ValueError(
+                f"noise_transition is for {len(transition)} classes, but the logits have {classes}; "
+                f"give a [{classes}, {classes}] matrix"
+            )
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        key = (logits.device, dtype)
+        if key not in self._tensors:
+            matrix = transition if self.correction == "forward" else inverse.matrix
+            self._tensors[key] = (
+                torch.tensor(matrix, dtype=dtype, device=logits.device),
+                torch.tensor(transition.max(axis=0) > 0, device=logits.device),
+            )
+        return self._tensors[key]
+
+    def _check_labels(self, labels: Tensor, possible: Tensor) -> None:
+        inside = labels.clamp(0, len(possible) - 1)
+        refused = (labels != IGNORE_INDEX) & ((inside != labels) | ~possible[inside])
+        # One wait for the device; the Trainer's own filter for NaN losses waits at every step, too.
+        if refused.any():
+            check_labels(labels[refused].cpu().numpy(), len(possible), possible.cpu().numpy()[None])
+
+
+def find_logits(outputs: Any) -> Tensor:
+    """The logits among a model's outputs: ``outputs.logits``, a tensor, or the first tensor that is no scalar.
+
+    Raises:
+        ValueError: there is no such thing; the message names what there is.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        if "logits" in outputs:
+            return outputs["logits"]
+        tensors = [v for k, v in outputs.items() if isinstance(v, Tensor) and v.dim() > 0 and k != "loss"]
+        if len(tensors) == 1:
+            return tensors[0]
+        raise ValueError(
+            f"the model returns a dict with the keys {list(outputs)}; a corrected loss needs the key 'logits'"
+        )
+    if isinstance(outputs, (tuple, list)):
+        for value in outputs:
+            if isinstance(value, Tensor) and value.dim() > 0:
+                return value
+    raise ValueError(
+        f"the model returns a {type(outputs).__name__} without logits; "
+        "return a tensor, a tuple that holds it, or a dict with the key 'logits'"
+    )

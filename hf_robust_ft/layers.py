@@ -1,0 +1,154 @@
+"""Which parameters of a model count as layers, and what becomes of all the others.
+
+A layer is a weight that multiplies: the matrix or kernel of a linear map. What is added (biases, class
+tokens, position tables held as parameters) or scales one feature (norms, layer scale) is not, and is
+listed with that reason, so that every trained parameter has a declared place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A trained weight matrix or kernel."""
+
+    name: str
+    """Name of the parameter; of the first one where several names share it (tied weights)."""
+    parameter: nn.Parameter
+    kind: str
+    """Class of the module that holds it, such as ``Linear``."""
+    row_dims: tuple[int, ...] | None
+    """Dimensions that number the outputs; None where that is not known (a row-sum norm has no meaning)."""
+    depth: int
+    """0 for the first block of the model, 1 for the next, …; a transformer block is one block."""
+    fresh: bool
+    """Whether ``from_pretrained`` found no weights for it: a new head."""
+    tied: tuple[str, ...] = ()
+    """Other names of the same parameter."""
+
+    def matches(self) -> tuple[str, ...]:
+        """The names that a radius pattern may match: of the parameter and of its module, also tied ones."""
+        names = (self.name, *self.tied)
+        return names + tuple(name.rpartition(".")[0] for name in names)
+
+
+@dataclass(frozen=True)
+class NotALayer:
+    """A trained parameter (or batch-norm statistic) that is never constrained, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+def find_layers(model: nn.Module) -> tuple[list[Layer], list[NotALayer]]:
+    """Sort every trained parameter of a model into layers and the rest.
+
+    Works on any ``nn.Module``. Knows ``Linear``, ``Conv1D`` (GPT-2), convolutions of all dimensions,
+    embeddings, ``Bilinear`` and, by shape, matrices held by other modules (``MultiheadAttention``,
+    recurrent layers, stacked experts). Frozen parameters are left out; tied ones count once.
+
+    Args:
+        model: unwrapped (no DDP, no compiled wrapper).
+
+    Returns:
+        Layers and the others, each in the order of ``model.named_parameters()``. Running statistics of
+        batch norm in trained modules are among the others.
+    """
+    modules = dict(model.named_modules())
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.setdefault(parameter, []).append(name)
+    # transformers marks each parameter that a checkpoint filled; a model without marks was not loaded
+    # by from_pretrained, and then nothing is known to be fresh.
+    loaded = {parameter for parameter in names if getattr(parameter, "_is_hf_initialized", False)}
+    blocks: dict[str, int] = {}
+    layers: list[Layer] = []
+    others: list[NotALayer] = []
+    for parameter, (name, *tied) in names.items():
+        module = modules[name.rpartition(".")[0]]
+        reason = _why_no_layer(name, parameter, module)
+        if reason is not None:
+            others.append(NotALayer(name, tuple(parameter.shape), reason))
+            continue
+        layers.append(
+            Layer(
+                name=name,
+                parameter=parameter,
+                kind=type(module).__name__,
+                row_dims=_row_dims(parameter, module),
+                depth=blocks.setdefault(_block(name, modules), len(blocks)),
+                fresh=bool(loaded) and parameter not in loaded,
+                tied=tuple(tied),
+            )
+        )
+    others.extend(_batch_norm_statistics(modules))
+    return layers, others
+
+
+def _why_no_layer(name: str, parameter: nn.Parameter, module: nn.Module) -> str | None:
+    short = name.rpartition(".")[2]
+    if ".parametrizations." in f".{name}":
+        return "part of a re-parametrized weight (such as weight norm)"
+    if "bias" in short:
+        return "bias"
+    if parameter.dim() < 2:
+        return "norm" if "norm" in type(module).__name__.lower() else "scale or vector, not a matrix"
+    if isinstance(module, (nn.Linear, Conv1D, _ConvNd, nn.Embedding, nn.EmbeddingBag, nn.Bilinear)):
+        return None
+    # A leading 1 is the batch dimension of something added to every example.
+    if parameter.shape[0] == 1:
+        return "token or position table that is added, not multiplied"
+    return None
+
+
+def _row_dims(parameter: nn.Parameter, module: nn.Module) -> tuple[int, ...] | None:
+    if isinstance(module, _ConvTransposeNd):
+        # [in, out / groups, …]: with groups, no dimension numbers the outputs.
+        return (1,) if module.groups == 1 else None
+    if isinstance(module, Conv1D):
+        return (1,)
+    if isinstance(module, (nn.Linear, _ConvNd, nn.Bilinear)):
+        return (0,)
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        # A lookup: each token's vector is a row of its own, as it is in the head that it may be tied to.
+        return (0,)
+    return (0,) if parameter.dim() == 2 else None
+
+
+def _block(name: str, modules: dict[str, nn.Module]) -> str:
+    """The unit of depth: the innermost item of a module list, or else the parent module.
+
+    Modules at the top of a model (a classifier, the ``fc1`` and ``fc2`` of a small network) are each
+    their own unit.
+    """
+    owner = name.rpartition(".")[0]
+    for prefix in _prefixes(owner):
+        parent = modules[prefix.rpartition(".")[0]]
+        if isinstance(parent, (nn.ModuleList, nn.Sequential)):
+            return prefix
+    return owner.rpartition(".")[0] or owner
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _batch_norm_statistics(modules: dict[str, nn.Module]) -> Iterator[NotALayer]:
+    for prefix, module in modules.items():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            for short in ("running_mean", "running_var"):
+                statistic = getattr(module, short)
+                if statistic is not None:
+                    name = f"{prefix}.{short}" if prefix else short
+                    yield NotALayer(name, tuple(statistic.shape), "batch-norm statistic, updated by the data")

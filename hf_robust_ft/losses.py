@@ -1,0 +1,100 @@
+"""Cross entropy corrected by the noise transition matrix, one value for each example.
+
+``T[i, j] = P(noisy label = j | true label = i)``; rows are the true class and sum to 1.
+Source: Patrini et al., *Making Deep Neural Networks Robust to Label Noise*, CVPR 2017.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .noise import IGNORE_INDEX
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Plain cross entropy of each example.
+
+    Args:
+        logits: [..., K].
+        labels: int64 [...]; -100 gives 0.
+
+    Returns:
+        [...], in nats, at least float32.
+    """
+    log_p = _log_softmax(logits)
+    targets, kept = _targets(labels)
+    return -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1) * kept
+
+
+def forward_corrected(logits: Tensor, labels: Tensor, transition: Tensor) -> Tensor:
+    """Forward correction: the cross entropy of the noisy label under the *noisy* class probabilities.
+
+    ``-log((softmax(z) @ T)[ỹ])`` (Patrini et al. 2017, theorem 2), computed in log space. Its minimiser
+    is that of the clean loss, but its value is no estimate of the clean loss.
+
+    Args:
+        logits: z, [..., K].
+        labels: noisy labels ỹ, int64 [...]; -100 gives 0.
+        transition: T, [K, K], ``T[i, j] = P(noisy = j | true = i)``.
+
+    Returns:
+        [...], in nats, at least float32; infinite for a label whose column of T is all zero.
+    """
+    log_p = _log_softmax(logits)
+    targets, kept = _targets(labels)
+    # log T[:, ỹ] has -inf where T is 0; logsumexp gives those terms no weight and no gradient.
+    columns = transition.to(log_p).t()[targets].log()
+    losses = -torch.logsumexp(log_p + columns, dim=-1)
+    return torch.where(kept, losses, losses.new_zeros(()))
+
+
+def backward_corrected(logits: Tensor, labels: Tensor, inverse: Tensor) -> Tensor:
+    """Backward correction: the paper's consistent loss, ``ℓ̄ = Σ_k (T^-1)[ỹ, k] ℓ(z, k)``.
+
+    Its expectation over the noisy label is the clean loss (Patrini et al. 2017, theorem 1; equation 5 of
+    Ju, Li & Zhang 2022), but it has no lower bound: it can be driven to minus infinity.
+
+    Args:
+        logits: z, [..., K].
+        labels: noisy labels ỹ, int64 [...]; -100 gives 0.
+        inverse: T^-1, [K, K], rows are the noisy class.
+
+    Returns:
+        [...], in nats, at least float32; may be negative.
+    """
+    log_p = _log_softmax(logits)
+    targets, kept = _targets(labels)
+    return -(inverse.to(log_p)[targets] * log_p).sum(-1) * kept
+
+
+def reduce_loss(losses: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Sum of the losses over the number of targets in the whole (accumulated, distributed) batch.
+
+    Args:
+        losses: one for each target, 0 where the label is -100.
+        labels: same shape.
+        num_items_in_batch: targets over all micro-batches and processes, as the Trainer counts them;
+            None means this batch is all there is.
+
+    Returns:
+        A scalar. 0 for a batch without any target.
+    """
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels != IGNORE_INDEX).sum().clamp(min=1)
+    elif isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(losses.device)
+    return losses.sum() / num_items_in_batch
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    # Half precision has 3 digits: enough for activations, not for the log of a small probability.
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return F.log_softmax(logits, dim=-1, dtype=dtype)
+
+
+def _targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels that can index (0 in place of -100), and where they count."""
+    kept = labels != IGNORE_INDEX
+    return labels.where(kept, labels.new_zeros(())), kept

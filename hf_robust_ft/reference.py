@@ -1,0 +1,121 @@
+"""The reference: the weights that the balls are centred on, in memory and on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from .layers import Layer, find_layers
+from .projection import Norm, distance
+
+# The Trainer does not upload names that start with an underscore: readers have the base model.
+REFERENCE_FILE = "_reference.safetensors"
+
+
+class ReferenceMismatch(ValueError):
+    """A stored reference is missing, damaged, or not the one that a run was started from."""
+
+
+def capture_reference(layers: Iterable[Layer]) -> dict[str, Tensor]:
+    """Copy the present weights of some layers: parameter name → tensor on the same device."""
+    return {layer.name: layer.parameter.detach().clone() for layer in layers}
+
+
+def layer_distances(
+    model: nn.Module, reference: Mapping[str, Tensor], norm: Norm = "frobenius"
+) -> dict[str, float]:
+    """How far each trained layer of a model is from a reference.
+
+    Args:
+        model: unwrapped.
+        reference: weights by parameter name, such as ``base_model.state_dict()``; more than are needed is fine.
+        norm: ``"frobenius"``, or ``"inf_op"`` for the largest row sum of absolute differences.
+
+    Returns:
+        ``‖W_i - W_i^ref‖`` in float64 by parameter name, in the model's order.
+
+    Raises:
+        ReferenceMismatch: a layer that the reference lacks, or has in another shape.
+    """
+    layers, _ = find_layers(model)
+    return {
+        layer.name: distance(layer.parameter, reference_weight(layer, reference), norm, layer.row_dims or (0,))
+        for layer in layers
+    }
+
+
+def reference_weight(layer: Layer, reference: Mapping[str, Tensor]) -> Tensor:
+    """The reference of one layer, on the layer's device and in its type.
+
+    Raises:
+        ReferenceMismatch: the reference lacks the layer, or has it in another shape.
+    """
+    if layer.name not in reference:
+        raise ReferenceMismatch(
+            f"the reference has no weights for {layer.name}: it belongs to another model, or to a run that "
+            "constrained fewer layers"
+        )
+    weight, shape = reference[layer.name], tuple(layer.parameter.shape)
+    if tuple(weight.shape) != shape:
+        raise ReferenceMismatch(
+            f"the reference of {layer.name} has shape {tuple(weight.shape)}, the model's has {shape}: "
+            "it belongs to another model"
+        )
+    return weight.detach().to(layer.parameter)
+
+
+def reference_digest(reference: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, as hexadecimal; the order of names does not count."""
+    digest = hashlib.sha256()
+    for name in sorted(reference):
+        tensor = reference[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        # A byte view, as numpy has no bfloat16; memoryview reads it without a copy.
+        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def save_reference(reference: Mapping[str, Tensor], folder: str | Path) -> Path:
+    """Write ``_reference.safetensors`` into a folder; a reader never sees half of it."""
+    path = Path(folder) / REFERENCE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    safetensors.torch.save_file({n: t.detach().cpu().contiguous() for n, t in reference.items()}, temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return path
+
+
+def load_reference(folder: str | Path, digest: str) -> dict[str, Tensor]:
+    """Read ``_reference.safetensors`` from a folder and check that it is the one with this digest.
+
+    Raises:
+        ReferenceMismatch: no such file, not a safetensors file, or another digest.
+    """
+    path = Path(folder) / REFERENCE_FILE
+    if not path.is_file():
+        raise ReferenceMismatch(
+            f"the reference weights {path} are missing, and the distance of a layer can't be measured without "
+            "them. Put the file back (it lies beside the checkpoints of the run that wrote them), or start "
+            "a new run instead of resuming"
+        )
+    try:
+        reference = safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise ReferenceMismatch(f"{path} can't be read ({error}): restore it, or start a new run") from error
+    found = reference_digest(reference)
+    if found != digest:
+        raise ReferenceMismatch(
+            f"{path} has SHA-256 {found[:12]}…, but the checkpoint was trained around the reference "
+            f"{digest[:12]}…: another run has overwritten it, or the checkpoint is from another run. "
+            "Restore the file, or start a new run in an empty output_dir"
+        )
+    return reference

@@ -1,0 +1,303 @@
+"""The Trainer: wires the corrected loss, the constraints and the checkpoints into ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+
+from .arguments import RobustTrainingArguments
+from .callbacks import ProjectionCallback
+from .checkpoint import ConstraintRecord, last_complete_checkpoint
+from .constraints import ConstraintTable, LayerConstraints
+from .corrected_loss import CorrectedLoss
+from .data import check_dataset_labels
+from .reference import load_reference, reference_digest, save_reference
+
+logger = logging.getLogger(__name__)
+
+# The variance of a backward-corrected loss grows with the square of this: at 10, a hundred examples
+# say as much as one clean one.
+WARN_CONDITION_NUMBER = 10.0
+
+
+class HessianRegularizedTrainer(Trainer):
+    """``transformers.Trainer`` for few or badly labelled examples: same signature, same methods.
+
+    With :class:`~hf_robust_ft.RobustTrainingArguments` it corrects the loss by the noise transition
+    matrix (``noise_transition``, ``loss_correction``) and keeps each layer in a ball around its
+    pretrained weights (``layer_radius`` and its kin). With plain ``TrainingArguments``, or with both
+    features off, it trains exactly as ``Trainer`` does.
+
+    The balls are centred on the weights of the model given here (or returned by ``model_init``). The
+    centres stay in memory, and lie beside the checkpoints for resuming.
+
+    ``evaluate`` reports the uncorrected loss as ``eval_loss`` and, when the loss is corrected, also
+    ``eval_corrected_loss``, the mean over all targets.
+
+    Source: algorithm 1 of Ju, Li & Zhang, *Robust Fine-Tuning of Deep Neural Networks with Hessian-based
+    Generalization Guarantees*, ICML 2022.
+
+    Raises:
+        ValueError: settings that can't work, when the Trainer is made or before the first step: see
+            :class:`~hf_robust_ft.corrected_loss.CorrectedLoss` and :class:`~hf_robust_ft.LayerConstraints`.
+        ReferenceMismatch: a resumed run whose reference is missing or is another one.
+    """
+
+    # Type checkers see the signature of Trainer, and so does inspect.signature, through functools.wraps.
+    if not TYPE_CHECKING:
+
+        @functools.wraps(Trainer.__init__)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._set_up()
+
+    def _set_up(self) -> None:
+        self._user_loss = self.compute_loss_func
+        self._corrected: CorrectedLoss | None = None
+        self._evaluated: list[Tensor] | None = None
+        self._projection = ProjectionCallback()
+        self.add_callback(self._projection)
+        self._set_up_correction()
+        self._set_up_constraints()
+
+    @property
+    def constraints(self) -> LayerConstraints:
+        """The balls around the layers; none of them if ``layer_radius`` is None."""
+        return self._projection.constraints
+
+    def constraint_table(self) -> ConstraintTable:
+        """Every trained parameter: its centre, radius, norm and distance now, or why it is free."""
+        return self.constraints.table()
+
+    # Before training
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Settings are read here: train() calls this after model_init and before it loads a checkpoint."""
+        super()._hp_search_setup(trial)
+        self._set_up_correction()
+        # Weights that have moved are no centre: a second train() of one model keeps the first one's.
+        moved = self._constrained_model is self.model and self.state.global_step > 0
+        self._set_up_constraints(self.constraints.reference if moved else None)
+        if self.constraints and self.args.world_size > 1:
+            # A head that each process initialised by itself; DDP, too, starts from that of process 0.
+            self._set_up_constraints({n: broadcast(t) for n, t in self.constraints.reference.items()})
+        if self._corrected is not None and self._corrected.matrices is not None:
+            columns = ["label", "label_ids", "labels", *self.label_names]
+            check_dataset_labels(self.train_dataset, columns, self._corrected.matrices[0])
+
+    def _setting(self, name: str) -> Any:
+        return getattr(self.args, name, getattr(RobustTrainingArguments, name))
+
+    def _set_up_correction(self) -> None:
+        self._corrected = None
+        self.compute_loss_func = self._user_loss
+        transition, correction = self._setting("noise_transition"), self._setting("loss_correction")
+        if correction == "none" or (correction is None and transition is None):
+            return
+        if transition is None:
+            raise ValueError(
+                f"loss_correction='{correction}' needs noise_transition: give a rate, a path or a matrix, or set "
+                "loss_correction='none'"
+            )
+        if self._user_loss is not None:
+            raise ValueError(
+                "compute_loss_func and loss_correction both define the loss; drop one of them "
+                "(forward_corrected and backward_corrected can be called from your own function)"
+            )
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.args.label_smoothing_factor} has no meaning beside loss_correction: "
+                "smoothing is itself a noise model. Set it to 0, or set loss_correction='none'"
+            )
+        problem = getattr(getattr(self.model, "config", None), "problem_type", None)
+        if problem in ("regression", "multi_label_classification"):
+            raise ValueError(f"loss_correction is for one class a target, but the model's problem_type is '{problem}'")
+        if len(self.label_names) > 1:
+            raise ValueError(
+                f"loss_correction needs one label, but label_names is {self.label_names}; name the one to correct"
+            )
+        if not self.label_names:
+            # A model without a label argument: default_data_collator calls the column this.
+            self.label_names = ["labels"]
+        self._model_requires_labels = _requires(self.model, self.label_names[0])
+        loss_type = getattr(self.model, "loss_type", None)
+        self._corrected = CorrectedLoss(
+            "forward" if correction is None else correction,
+            transition,
+            num_classes=_num_classes(self.model, loss_type),
+            shift=loss_type == "ForCausalLM",
+        )
+        self.compute_loss_func = self._corrected
+        if self._corrected.correction == "backward" and self._corrected.matrices is not None:
+            inverse = self._corrected.matrices[1]
+            if inverse.condition_number > WARN_CONDITION_NUMBER:
+                logger.warning(
+                    "backward correction amplifies a loss up to %.3g times (condition number of noise_transition "
+                    "%.3g): expect noisy gradients; loss_correction='forward' is stable",
+                    inverse.amplification,
+                    inverse.condition_number,
+                )
+
+    def _set_up_constraints(self, reference: dict[str, Tensor] | None = None) -> None:
+        radius = self._setting("layer_radius")
+        if radius is not None:
+            self._refuse_sharded_weights()
+        self._constrained_model = self.model
+        self._projection.constraints = LayerConstraints(
+            self.model,
+            radius,
+            norm=self._setting("radius_norm"),
+            mode=self._setting("radius_mode"),
+            growth=self._setting("radius_growth"),
+            reference=reference,
+        )
+
+    def _refuse_sharded_weights(self) -> None:
+        sharded = (
+            ("DeepSpeed", self.is_deepspeed_enabled),
+            # Asked for but ignored (as on a CPU) is refused, too: the run would not be the one that was meant.
+            ("FSDP", self.is_fsdp_enabled or self.args.fsdp),
+            ("a model sharded at load time", any(isinstance(p, DTensor) for p in self.model.parameters())),
+        )
+        for name, present in sharded:
+            if present:
+                raise ValueError(
+                    f"layer_radius does not work with {name} yet, as no process holds a whole layer; "
+                    "use DDP (accelerate launch or torchrun without it), or set layer_radius=None"
+                )
+
+    # The loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As ``Trainer.compute_loss``, which calls the corrected loss; here its surroundings are fitted to it.
+
+        Models that name their labels otherwise, that can't do without labels, or that return a tensor or a
+        tuple without a loss, then train and evaluate as transformers' own do.
+        """
+        corrected = self._corrected
+        if corrected is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.get(self.label_names[0])
+        if labels is None:
+            raise ValueError(
+                f"a corrected loss needs '{self.label_names[0]}', but the batch has {', '.join(inputs)}; name the "
+                "column of the labels with label_names"
+            )
+        inputs = {**inputs, "labels": labels}
+        if self.label_names[0] != "labels":
+            del inputs[self.label_names[0]]
+        if self._model_requires_labels:
+            model = functools.partial(model, **{self.label_names[0]: labels})  # type: ignore[assignment]
+        if self._evaluated is not None:
+            self.compute_loss_func = corrected.plain
+        try:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        finally:
+            self.compute_loss_func = corrected
+        if self._evaluated is not None:
+            pair = torch.stack(corrected.per_example(outputs, labels), dim=1)
+            self._evaluated.append(self.accelerator.gather_for_metrics(pair).cpu())
+        if not isinstance(outputs, dict) and not _starts_with_loss(outputs):
+            # Evaluation drops the first of a tuple, where transformers' models put the loss.
+            outputs = (loss, *(outputs if isinstance(outputs, (tuple, list)) else (outputs,)))
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        if self._corrected is not None and self.label_names[0] != "labels":
+            batch_samples = [{"labels": batch[self.label_names[0]]} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As ``Trainer.evaluation_loop``, with ``{prefix}_corrected_loss`` beside the plain ``{prefix}_loss``."""
+        if self._corrected is None:
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        self._evaluated = []
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            if self._evaluated:
+                losses, targets = torch.cat(self._evaluated).double().sum(0).tolist()
+                output.metrics[f"{metric_key_prefix}_corrected_loss"] = losses / max(targets, 1)
+        finally:
+            self._evaluated = None
+        return output
+
+    # Checkpoints
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As ``Trainer.train``; ``resume_from_checkpoint=True`` passes over checkpoints that were cut off."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.constraints:
+            return
+        record = ConstraintRecord.load(resume_from_checkpoint)
+        self._set_up_constraints(load_reference(Path(resume_from_checkpoint).parent, record.reference_sha256))
+        if record.radius_norm != self.constraints.norm or record.radii != self.constraints.radii:
+            logger.warning("the radii differ from those of the checkpoint; training goes on with the new ones")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.constraints and self.args.should_save:
+            # First the reference, then the record that names it, then the checkpoint, whose
+            # trainer_state.json comes last: whatever is complete can be resumed.
+            run = Path(self._get_output_dir(trial))
+            reference = self.constraints.reference
+            save_reference(reference, run)
+            ConstraintRecord(reference_digest(reference), self.constraints.norm, self.constraints.radii).save(
+                run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            )
+        super()._save_checkpoint(model, trial)
+
+
+def _num_classes(model: nn.Module, loss_type: str | None) -> int | None:
+    """K, for the transformers models whose config says it; the logits of others tell it at the first step."""
+    config = getattr(model, "config", None)
+    if config is None or loss_type is None:
+        return None
+    if loss_type in ("ForCausalLM", "ForMaskedLM"):
+        return int(config.get_text_config().vocab_size)
+    return int(config.num_labels) if loss_type.endswith("Classification") else None
+
+
+def _requires(model: nn.Module, argument: str) -> bool:
+    parameter = inspect.signature(model.forward).parameters.get(argument)
+    return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
+def _starts_with_loss(outputs: Any) -> bool:
+    return isinstance(outputs, (tuple, list)) and isinstance(outputs[0], Tensor) and outputs[0].dim() == 0

@@ -49,7 +49,7 @@ class CorrectedLoss:
         self.matrices: tuple[Matrix, InverseTransition] | None = None
         """T and its inverse; None until the number of classes is known."""
         self._source = read_transition(noise_transition)
-        self._tensors: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         # A rate without a number of classes has to wait for the first logits; all else is checked now.
         if num_classes is not None or not isinstance(self._source, float):
             self._build(num_classes)
@@ -60,46 +60,36 @@ class CorrectedLoss:
         return self.matrices
 
     def __call__(
-        self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Sum of the corrected losses over ``num_items_in_batch``, a scalar.
 
         Raises:
-            ValueError: no labels, labels that are no class indices, outside 0..K-1, or impossible under T;
-                outputs without logits, or logits whose classes or shape do not fit.
+            ValueError: labels that are no class indices or outside 0..K-1; outputs without logits, or logits
+                whose classes or shape do not fit.
         """
         logits, labels = self._logits_and_labels(outputs, labels)
-        matrix, possible = self._on(logits)
-        self._check_labels(labels, possible)
-        return reduce_loss(self._losses(logits, labels, matrix), labels, num_items_in_batch)
+        return reduce_loss(self._losses(logits, labels), labels, num_items_in_batch)
 
     def plain(
-        self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """The uncorrected loss of the same outputs, for evaluation."""
         logits, labels = self._logits_and_labels(outputs, labels)
-        # An evaluation set may hold labels that the noise never produces: clean ones.
-        self._check_labels(labels, torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device))
         return reduce_loss(cross_entropy(logits, labels), labels, num_items_in_batch)
 
-    def per_example(self, outputs: Any, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def per_example(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         """For each example of a batch the sum of its corrected losses and its number of targets, [B] each."""
         logits, labels = self._logits_and_labels(outputs, labels)
-        matrix, _ = self._on(logits)
-        losses = self._losses(logits, labels, matrix)
+        losses = self._losses(logits, labels)
         kept = labels != IGNORE_INDEX
         return losses.reshape(len(labels), -1).sum(1), kept.reshape(len(labels), -1).sum(1)
 
-    def _losses(self, logits: Tensor, labels: Tensor, matrix: Tensor) -> Tensor:
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         corrected = forward_corrected if self.correction == "forward" else backward_corrected
-        return corrected(logits, labels, matrix)
+        return corrected(logits, labels, self._matrix(logits))
 
-    def _logits_and_labels(self, outputs: Any, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        if labels is None:
-            raise ValueError(
-                "a corrected loss needs labels, but the batch has none; name their column with label_names, or "
-                "set loss_correction='none'"
-            )
+    def _logits_and_labels(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         if labels.is_floating_point() or labels.is_complex():
             raise ValueError(
                 f"labels have dtype {labels.dtype}; a corrected loss is for class indices, not for "
@@ -113,10 +103,15 @@ class CorrectedLoss:
                 f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; a corrected "
                 "loss needs one row of logits, classes last, for each label"
             )
-        return logits, labels.to(logits.device)
+        labels = labels.to(logits.device)
+        outside = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= logits.shape[-1]))
+        # One wait for the device; the Trainer's own filter for NaN losses waits at every step, too.
+        if outside.any():
+            check_labels(labels[outside].cpu().numpy(), logits.shape[-1])
+        return logits, labels
 
-    def _on(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrix that the correction multiplies by, and which noisy labels can occur, as tensors."""
+    def _matrix(self, logits: Tensor) -> Tensor:
+        """The matrix that the correction multiplies by, T or its inverse, where and as the logits need it."""
         classes = logits.shape[-1]
         transition, inverse = self.matrices or self._build(classes)
         if len(transition) != classes:
@@ -128,18 +123,8 @@ class CorrectedLoss:
         key = (logits.device, dtype)
         if key not in self._tensors:
             matrix = transition if self.correction == "forward" else inverse.matrix
-            self._tensors[key] = (
-                torch.tensor(matrix, dtype=dtype, device=logits.device),
-                torch.tensor(transition.max(axis=0) > 0, device=logits.device),
-            )
+            self._tensors[key] = torch.tensor(matrix, dtype=dtype, device=logits.device)
         return self._tensors[key]
-
-    def _check_labels(self, labels: Tensor, possible: Tensor) -> None:
-        inside = labels.clamp(0, len(possible) - 1)
-        refused = (labels != IGNORE_INDEX) & ((inside != labels) | ~possible[inside])
-        # One wait for the device; the Trainer's own filter for NaN losses waits at every step, too.
-        if refused.any():
-            check_labels(labels[refused].cpu().numpy(), len(possible), possible.cpu().numpy()[None])
 
 
 def find_logits(outputs: Any) -> Tensor:

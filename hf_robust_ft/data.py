@@ -9,10 +9,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .noise import IGNORE_INDEX, Matrix, check_labels
+from .noise import IGNORE_INDEX, check_labels
 
 
-def check_dataset_labels(dataset: Any, columns: Sequence[str], transition: Matrix) -> None:
+def check_dataset_labels(dataset: Any, columns: Sequence[str], num_classes: int) -> None:
     """Refuse a training set with labels that a corrected loss can't be trained on.
 
     Only columns of a ``datasets.Dataset`` are read, without decoding anything else. Other kinds of data
@@ -21,11 +21,10 @@ def check_dataset_labels(dataset: Any, columns: Sequence[str], transition: Matri
     Args:
         dataset: what the Trainer was given.
         columns: names that the label column may have; the first that exists is read.
-        transition: T, [K, K].
+        num_classes: K.
 
     Raises:
-        ValueError: a label outside 0..K-1 other than -100, a label that can't occur under T, or labels
-            that are no integers.
+        ValueError: a label outside 0..K-1 other than -100, or labels that are no integers.
     """
     if not isinstance(dataset, datasets.Dataset):
         return
@@ -42,4 +41,4 @@ def check_dataset_labels(dataset: Any, columns: Sequence[str], transition: Matri
             f"column '{column}' of train_dataset holds {values.type}; a corrected loss is for class indices, not for "
             "regression, soft or multi-label targets"
         )
-    check_labels(labels[labels != IGNORE_INDEX], len(transition), transition)
+    check_labels(labels[labels != IGNORE_INDEX], num_classes)

@@ -165,8 +165,15 @@ def invert_transition(transition: Matrix) -> InverseTransition:
 
     Raises:
         ValueError: T is singular, or so close to it (condition number above 1e6) that float32 losses
-            corrected by it have no digit left. Then the noisy labels do not identify the clean ones.
+            corrected by it have no digit left. Then the noisy labels do not identify the clean ones. A
+            label that can't occur (a column of zeros) is such a case.
     """
+    impossible = np.flatnonzero(transition.max(axis=0) == 0)
+    if impossible.size:
+        raise ValueError(
+            f"column {impossible[0]} of noise_transition is zero: T says that label {impossible[0]} can't occur, which "
+            "also makes T singular. Correct T, or smooth it with a small probability in that column"
+        )
     condition = float(np.linalg.cond(transition))
     if not condition <= MAX_CONDITION_NUMBER:
         raise ValueError(
@@ -252,27 +259,14 @@ def corrupt_dataset(
     return dataset.map(replace, with_indices=True, batched=True, features=features, desc="corrupting labels")
 
 
-def check_labels(
-    labels: npt.NDArray[np.integer[Any]], num_classes: int, transition: npt.NDArray[Any] | None = None
-) -> None:
-    """Raise ``ValueError`` unless every label lies in 0..num_classes-1 and can occur under T.
-
-    A label can occur if its column of T has an entry that is not zero. -100 is not let through: leave it out.
-    """
+def check_labels(labels: npt.NDArray[np.integer[Any]], num_classes: int) -> None:
+    """Raise ``ValueError`` unless every label lies in 0..num_classes-1. (-100 is not let through.)"""
     outside = labels[(labels < 0) | (labels >= num_classes)]
     if outside.size:
         raise ValueError(
             f"label {int(outside[0])} lies outside 0..{num_classes - 1} ({outside.size} such labels); "
             f"map labels to 0..{num_classes - 1}, or to {IGNORE_INDEX} where there is no target"
         )
-    if transition is not None:
-        impossible = labels[transition.max(axis=0)[labels] == 0]
-        if impossible.size:
-            label = int(impossible[0])
-            raise ValueError(
-                f"label {label} occurs in the data, but column {label} of noise_transition is zero: T says "
-                "that it can't occur. Correct T, or smooth it with a small probability in that column"
-            )
 
 
 def read_transition(source: Any) -> Any:

@@ -23,8 +23,9 @@ Norm = Literal["frobenius", "inf_op"]
 # (256 KB), large enough for two threads. A GPU wants fewer, larger kernels (16 MB).
 CPU_BLOCK, GPU_BLOCK = 1 << 16, 1 << 22
 
-# A projected weight aims this much inside the ball, so that rounding cannot put it outside again.
-# Without it a second projection would move the weight by another rounding error.
+# A projected weight aims this share of the radius inside the ball, and half of it is the line that may not
+# be crossed: a distance summed in float32 (off by some 1e-7) then never passes for one inside, and a
+# second projection has nothing to do.
 MARGIN = 1e-5
 
 
@@ -71,8 +72,8 @@ def project_(
         reference_norm: ``‖W_ref‖`` in the same norm (:func:`magnitude`): the size of a rounding error.
         row_dims: the dimensions that number the rows; used by ``"inf_op"``.
     """
-    # Losses of precision that the projected weight may suffer: one rounding of each of its entries.
     compute = torch.promote_types(weight.dtype, torch.float32)
+    # The second term is what rounding each entry of the result can add to the distance.
     target = max(0.0, radius * (1 - MARGIN) - torch.finfo(compute).eps * reference_norm)
     if norm == "frobenius":
         total = torch.zeros((), dtype=compute, device=weight.device)
@@ -83,7 +84,7 @@ def project_(
     else:
         reach = _row_sums(weight, reference, row_dims, compute)
     # A non-finite weight is left for the user to see. `pull` is how far to go back to the reference.
-    outside = (reach > radius) & reach.isfinite()
+    outside = (reach > radius * (1 - MARGIN / 2)) & reach.isfinite()
     if weight.device.type == "cpu" and not outside.any():
         return
     pull = torch.where(outside, 1 - target / reach, 0.0)

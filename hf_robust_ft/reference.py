@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .layers import Layer, find_layers
-from .projection import Norm, distance
+from .projection import distance
 
 # The Trainer does not upload names that start with an underscore: readers have the base model.
 REFERENCE_FILE = "_reference.safetensors"
@@ -28,26 +28,22 @@ def capture_reference(layers: Iterable[Layer]) -> dict[str, Tensor]:
     return {layer.name: layer.parameter.detach().clone() for layer in layers}
 
 
-def layer_distances(
-    model: nn.Module, reference: Mapping[str, Tensor], norm: Norm = "frobenius"
-) -> dict[str, float]:
-    """How far each trained layer of a model is from a reference.
+def layer_distances(model: nn.Module, reference: Mapping[str, Tensor]) -> dict[str, float]:
+    """How far each trained layer of a model is from a reference, ``‖W_i - W_i^ref‖_F``.
 
     Args:
         model: unwrapped.
         reference: weights by parameter name, such as ``base_model.state_dict()``; more than are needed is fine.
-        norm: ``"frobenius"``, or ``"inf_op"`` for the largest row sum of absolute differences.
 
     Returns:
-        ``‖W_i - W_i^ref‖`` in float64 by parameter name, in the model's order.
+        Distances in float64 by parameter name, in the model's order.
 
     Raises:
         ReferenceMismatch: a layer that the reference lacks, or has in another shape.
     """
     layers, _ = find_layers(model)
     return {
-        layer.name: distance(layer.parameter, reference_weight(layer, reference), norm, layer.row_dims or (0,))
-        for layer in layers
+        layer.name: distance(layer.parameter, reference_weight(layer, reference), "frobenius") for layer in layers
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from .arguments import RobustTrainingArguments
@@ -94,7 +95,7 @@ class HessianRegularizedTrainer(Trainer):
             self._set_up_constraints({n: broadcast(t) for n, t in self.constraints.reference.items()})
         if self._corrected is not None and self._corrected.matrices is not None:
             columns = ["label", "label_ids", "labels", *self.label_names]
-            check_dataset_labels(self.train_dataset, columns, self._corrected.matrices[0])
+            check_dataset_labels(self.train_dataset, columns, len(self._corrected.matrices[0]))
 
     def _setting(self, name: str) -> Any:
         return getattr(self.args, name, getattr(RobustTrainingArguments, name))
@@ -131,7 +132,7 @@ class HessianRegularizedTrainer(Trainer):
             # A model without a label argument: default_data_collator calls the column this.
             self.label_names = ["labels"]
         self._model_requires_labels = _requires(self.model, self.label_names[0])
-        loss_type = getattr(self.model, "loss_type", None)
+        loss_type = _loss_type(self.model)
         self._corrected = CorrectedLoss(
             "forward" if correction is None else correction,
             transition,
@@ -220,8 +221,12 @@ class HessianRegularizedTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        if self._corrected is not None and self.label_names[0] != "labels":
-            batch_samples = [{"labels": batch[self.label_names[0]]} for batch in batch_samples]
+        """Counts what the corrected loss sums over: renamed labels, too, and no first token of a language model."""
+        if self._corrected is not None:
+            # Some releases shift by themselves, for some of the language models.
+            first = int(self._corrected.shift and not getattr(self, "_loss_shifts_labels", False))
+            name = self.label_names[0]
+            batch_samples = [{"labels": batch[name][..., first:]} for batch in batch_samples if name in batch]
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def evaluation_loop(
@@ -282,6 +287,16 @@ class HessianRegularizedTrainer(Trainer):
                 run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             )
         super()._save_checkpoint(model, trial)
+
+
+def _loss_type(model: nn.Module) -> str | None:
+    """transformers' name for the loss of a model, None for models from elsewhere."""
+    if hasattr(model, "peft_config"):
+        model = model.get_base_model()  # type: ignore[operator]
+    # GPT-2 and others that are not called …ForCausalLM carry no name, but have that loss.
+    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "ForCausalLM"
+    return getattr(model, "loss_type", None)
 
 
 def _num_classes(model: nn.Module, loss_type: str | None) -> int | None:

@@ -1,0 +1,135 @@
+"""What loss correction and projection cost: the time of a training step with and without them.
+
+    python recipes/bench_step.py --model_name_or_path .assets/models/dinov2-small
+
+Two Trainers of one model take turns, step by step, on the same batch: one plain, one with forward
+correction and a radius so small that every layer is projected at every step. The third figure of each
+round projects again in the usual way, ``reference + scale * (weight - reference)`` with new tensors.
+Without ``--model_name_or_path`` the model is a ViT-S with random weights: the same work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+from hf_robust_ft import HessianRegularizedTrainer, RobustTrainingArguments, symmetric_transition
+
+CLASSES = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model_name_or_path", default=None)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--image_size", type=int, default=56)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench_step.json"))
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    pixels = torch.randn(options.batch_size, 3, options.image_size, options.image_size)
+    batch = {"pixel_values": pixels, "labels": torch.arange(options.batch_size) % CLASSES}
+    plain = make_trainer(options)
+    robust = make_trainer(options, noise_transition=symmetric_transition(CLASSES, 0.4), layer_radius=0.01)
+    batch = plain._prepare_inputs(batch)
+    naive = {name: weight.detach().clone() for name, weight in robust.model.named_parameters()}
+
+    times: dict[str, list[float]] = {"plain": [], "robust": [], "naive projection": []}
+    active = []
+    for round_number in tqdm(range(options.rounds + 3), desc="rounds"):
+        found = {"plain": step(plain, batch), "robust": step(robust, batch)}
+        active.append(sum(row.active for row in robust.constraint_table()))
+        found["naive projection"] = project_naively(robust.model, naive, list(robust.constraints.radii))
+        if round_number >= 3:  # the first ones warm caches up
+            for name, seconds in found.items():
+                times[name].append(seconds)
+
+    ratios = [r / p for r, p in zip(times["robust"], times["plain"], strict=True)]
+    constrained = sum(robust.model.get_parameter(name).nbytes for name in robust.constraints.radii)
+    kept = sum(tensor.nbytes for tensor in robust.constraints.reference.values())
+    result: dict[str, Any] = {
+        "median seconds": {name: statistics.median(values) for name, values in times.items()},
+        "median ratio robust / plain, step by step": statistics.median(ratios),
+        "ratio of medians robust / plain": statistics.median(times["robust"]) / statistics.median(times["plain"]),
+        "layers projected at every step": f"{min(active)} of {len(robust.constraints)}",
+        "bytes kept / bytes of constrained weights": kept / constrained,
+        "rounds": options.rounds,
+        "batch": options.batch_size,
+        "pixels": options.image_size,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {plain.args.device}",
+        "torch": torch.__version__,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+def make_trainer(options: argparse.Namespace, **settings: Any) -> HessianRegularizedTrainer:
+    if options.model_name_or_path:
+        model = AutoModelForImageClassification.from_pretrained(options.model_name_or_path, num_labels=CLASSES)
+    else:
+        config = ViTConfig(
+            hidden_size=384, num_attention_heads=6, intermediate_size=1536, patch_size=14,
+            image_size=options.image_size, num_labels=CLASSES,
+        )  # fmt: skip
+        model = ViTForImageClassification(config)
+    arguments = RobustTrainingArguments(
+        output_dir="outputs/bench_step",
+        learning_rate=1e-4,
+        per_device_train_batch_size=options.batch_size,
+        report_to="none",
+        **settings,
+    )
+    trainer = HessianRegularizedTrainer(model=model, args=arguments)
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def step(trainer: HessianRegularizedTrainer, batch: dict[str, Any]) -> float:
+    """One optimizer step as the training loop takes it, in seconds."""
+    _wait()
+    started = time.perf_counter()
+    items = trainer._get_num_items_in_batch([batch], trainer.args.device)
+    trainer.training_step(trainer.model, dict(batch), items)
+    torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
+    trainer.optimizer.step()
+    trainer.callback_handler.on_optimizer_step(trainer.args, trainer.state, trainer.control)
+    trainer.model.zero_grad()
+    _wait()
+    return time.perf_counter() - started
+
+
+@torch.no_grad()
+def project_naively(model: torch.nn.Module, reference: dict[str, Any], names: list[str]) -> float:
+    """The same projection with a new tensor for every intermediate result, in seconds."""
+    started = time.perf_counter()
+    for name in names:
+        weight = model.get_parameter(name)
+        difference = weight - reference[name]
+        norm = difference.norm()
+        if norm > 0.009:
+            weight.copy_(reference[name] + difference * (0.009 / norm))
+    _wait()
+    return time.perf_counter() - started
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

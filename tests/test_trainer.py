@@ -1,0 +1,516 @@
+"""``HessianRegularizedTrainer`` on tiny models: what it changes, and what it must not change."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from datasets import Dataset, Value
+from torch import nn
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+
+from hf_robust_ft import (
+    HessianRegularizedTrainer,
+    backward_corrected,
+    cross_entropy,
+    forward_corrected,
+    invert_transition,
+    layer_distances,
+    pair_flip_transition,
+    symmetric_transition,
+)
+
+T = (0.7 * np.eye(3) + 0.3 * np.random.default_rng(0).dirichlet(np.ones(3), 3)).tolist()
+
+
+def history(trainer: Trainer, key: str = "loss") -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    logits = prediction.predictions
+    assert logits.shape == (len(prediction.label_ids), tiny.CLASSES)
+    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
+
+
+def test_the_signature_is_that_of_trainer() -> None:
+    assert inspect.signature(HessianRegularizedTrainer) == inspect.signature(Trainer)
+    for name in ("train", "evaluate", "predict", "compute_loss", "evaluation_loop"):
+        ours, theirs = getattr(HessianRegularizedTrainer, name), getattr(Trainer, name)
+        assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["TrainingArguments", "RobustTrainingArguments"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_with_every_feature_off_the_trajectory_is_that_of_trainer(
+    tmp_path: Path, plain: bool, accumulation: int
+) -> None:
+    def run(kind: type[Trainer], arguments_kind: type[TrainingArguments]) -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        given = tiny.arguments(
+            tmp_path, gradient_accumulation_steps=accumulation, warmup_steps=1, per_device_train_batch_size=5
+        ).to_dict()
+        names = {f for f in inspect.signature(arguments_kind).parameters if f in given}
+        arguments = arguments_kind(**{name: given[name] for name in names})
+        trainer = kind(tiny.bert(hidden_dropout_prob=0.1), arguments, train_dataset=tiny.texts())
+        trainer.train()
+        return tiny.weights(trainer.model), history(trainer), history(trainer, "grad_norm")
+
+    ours = run(HessianRegularizedTrainer, TrainingArguments if plain else type(tiny.arguments(tmp_path)))
+    theirs = run(Trainer, TrainingArguments)
+    tiny.assert_equal_weights(ours[0], theirs[0])
+    assert ours[1:] == theirs[1:]
+    assert len(ours[1]) == 4
+
+
+def test_the_identity_and_an_infinite_radius_train_as_plain_cross_entropy(tmp_path: Path) -> None:
+    plain = tiny.trainer(tmp_path)
+    plain.train()
+    identity = tiny.trainer(tmp_path, noise_transition=np.eye(3), layer_radius=math.inf)
+    identity.train()
+    for name, weight in tiny.weights(plain.model).items():
+        torch.testing.assert_close(identity.model.state_dict()[name], weight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("correction", ["forward", "backward"])
+def test_the_first_step_is_the_gradient_of_the_corrected_loss(tmp_path: Path, correction: str) -> None:
+    trainer = tiny.trainer(
+        tmp_path, noise_transition=T, loss_correction=correction, optim="sgd", max_grad_norm=0, max_steps=1,
+        per_device_train_batch_size=24,
+    )  # fmt: skip
+    model = trainer.model
+    before = tiny.weights(model)
+    data = tiny.texts()
+    logits = model(input_ids=torch.tensor(data["input_ids"][:])).logits
+    labels, matrix = torch.tensor(data["label"][:]), torch.tensor(T)
+    if correction == "forward":
+        losses = forward_corrected(logits, labels, matrix)
+    else:
+        losses = backward_corrected(logits, labels, torch.linalg.inv(matrix.double()).float())
+    losses.mean().backward()
+    expected = {name: before[name] - 1e-2 * p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    trainer.train()
+    assert history(trainer) == pytest.approx([losses.mean().item()], abs=1e-4)
+    for name, weight in expected.items():
+        torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=1e-6)
+
+
+def test_a_transition_alone_means_forward_correction(tmp_path: Path) -> None:
+    runs = []
+    for correction in (None, "forward", "none"):
+        trainer = tiny.trainer(tmp_path, noise_transition=T, loss_correction=correction)
+        trainer.train()
+        runs.append(tiny.weights(trainer.model))
+    tiny.assert_equal_weights(runs[0], runs[1])
+    assert not torch.equal(runs[0]["classifier.weight"], runs[2]["classifier.weight"])
+
+
+@pytest.mark.parametrize("correction", ["forward", "backward"])
+@pytest.mark.parametrize("build", [tiny.bert, tiny.token_classifier, lambda: tiny.gpt2(causal=True)])
+def test_one_batch_of_eight_equals_eight_batches_of_one(tmp_path: Path, correction: str, build: Any) -> None:
+    def run(batch: int, accumulation: int) -> Trainer:
+        torch.manual_seed(0)
+        model = build()
+        data = tiny.texts()
+        noise: Any = T
+        if not hasattr(model, "classifier"):
+            # A language model, whose classes are its vocabulary.
+            noise = symmetric_transition(50, 0.2)
+        if build is not tiny.bert:
+            # Ragged targets: a mean over micro-batches would weigh them wrongly.
+            labels = np.array(data["input_ids"][:]) % (3 if hasattr(model, "classifier") else 50)
+            for row in range(len(labels)):
+                labels[row, : row % 6] = -100
+            data = data.remove_columns("label").add_column("labels", labels.tolist())
+        trainer = tiny.trainer(
+            tmp_path, model, noise_transition=noise, loss_correction=correction, layer_radius=0.5,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, train_dataset=data,
+            max_grad_norm=1e9,
+        )  # fmt: skip
+        trainer.train()
+        return trainer
+
+    whole, parts = run(8, 1), run(1, 8)
+    assert history(parts, "grad_norm") == pytest.approx(history(whole, "grad_norm"), rel=1e-4)
+    for name, weight in tiny.weights(whole.model).items():
+        torch.testing.assert_close(parts.model.state_dict()[name], weight, rtol=0, atol=2e-4)
+
+
+def test_a_language_model_is_corrected_at_the_next_token(tmp_path: Path) -> None:
+    model = tiny.gpt2(causal=True)
+    noise = symmetric_transition(50, 0.2)
+    data = tiny.texts().remove_columns("label")
+    data = data.add_column("labels", data["input_ids"][:])
+    trainer = tiny.trainer(tmp_path, model, noise_transition=noise, train_dataset=data, per_device_train_batch_size=24)
+    ids = torch.tensor(data["input_ids"][:])
+    logits = model(input_ids=ids).logits
+    expected = forward_corrected(logits[:, :-1], ids[:, 1:], torch.tensor(noise)).mean().item()
+    trainer.train()
+    assert history(trainer)[0] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "inf_op"])
+def test_every_layer_ends_in_its_ball(tmp_path: Path, norm: str) -> None:
+    trainer = tiny.trainer(tmp_path, layer_radius=0.02, radius_norm=norm)
+    before = tiny.weights(trainer.model)
+    trainer.train()
+    table = trainer.constraint_table()
+    assert len(trainer.constraints) == sum(row.free is None for row in table) > 10
+    for row in table:
+        if row.free is None:
+            assert row.distance is not None
+            assert row.distance <= 0.02
+    assert any(row.active for row in table)
+    if norm == "frobenius":
+        assert trainer.constraints.distances().items() <= layer_distances(trainer.model, before).items()
+
+
+def test_projection_comes_before_anything_looks_at_the_weights(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(max(trainer.constraints.distances().values()))
+
+        def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(max(trainer.constraints.distances().values()))
+
+    trainer = tiny.trainer(tmp_path, layer_radius=0.01, callbacks=[Look()], gradient_accumulation_steps=2)
+    trainer.train()
+    assert len(seen) > trainer.state.global_step == 4
+    assert 0.009 < max(seen) <= 0.01
+
+
+def test_evaluation_reports_the_plain_and_the_corrected_loss(tmp_path: Path) -> None:
+    data = tiny.texts(13)
+    trainer = tiny.trainer(
+        tmp_path, noise_transition=T, eval_dataset=data, per_device_eval_batch_size=13, compute_metrics=accuracy
+    )
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        logits = trainer.model(input_ids=torch.tensor(data["input_ids"][:])).logits
+    labels = torch.tensor(data["label"][:])
+    assert metrics["eval_loss"] == pytest.approx(cross_entropy(logits, labels).mean().item(), abs=1e-6)
+    corrected = forward_corrected(logits, labels, torch.tensor(T)).mean().item()
+    assert metrics["eval_corrected_loss"] == pytest.approx(corrected, abs=1e-6)
+    assert metrics["eval_accuracy"] == (logits.argmax(-1) == labels).double().mean().item()
+    # Batches of another size weigh the same.
+    trainer.args.per_device_eval_batch_size = 4
+    assert trainer.evaluate()["eval_corrected_loss"] == pytest.approx(corrected, abs=1e-6)
+    assert "test_corrected_loss" in trainer.predict(data).metrics
+    # Training goes on with the corrected loss.
+    trainer.train()
+    assert trainer.evaluate()["eval_corrected_loss"] != pytest.approx(corrected, abs=1e-3)
+
+
+def test_evaluation_without_correction_is_that_of_trainer(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, layer_radius=0.1, eval_dataset=tiny.texts(13))
+    stock = Trainer(trainer.model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    assert trainer.evaluate()["eval_loss"] == stock.evaluate(tiny.texts(13))["eval_loss"]
+    assert not any("corrected" in key for key in trainer.evaluate())
+
+
+def test_prediction_without_labels(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, noise_transition=T)
+    output = trainer.predict(tiny.texts().remove_columns("label"))
+    assert output.predictions.shape == (24, 3)
+    assert output.label_ids is None
+
+
+@pytest.mark.parametrize("returns", ["tuple", "dict", "tensor"])
+@pytest.mark.parametrize("noise", [T, 0.2], ids=["matrix", "rate"])
+def test_models_from_elsewhere_that_take_no_labels(tmp_path: Path, returns: str, noise: Any) -> None:
+    data = tiny.vectors()
+    trainer = tiny.trainer(
+        tmp_path, tiny.Mlp(returns), noise_transition=noise, layer_radius=0.1, train_dataset=data, eval_dataset=data,
+        compute_metrics=accuracy, max_steps=30,
+    )  # fmt: skip
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_corrected_loss"] < before["eval_corrected_loss"]
+    assert after["eval_accuracy"] >= before["eval_accuracy"]
+
+
+@pytest.mark.parametrize("returns", ["tuple", "dict"])
+@pytest.mark.parametrize("noise", [T, None], ids=["corrected", "plain"])
+def test_models_from_elsewhere_that_need_their_labels(tmp_path: Path, returns: str, noise: Any) -> None:
+    data = tiny.vectors(label="target")
+    trainer = tiny.trainer(
+        tmp_path, tiny.MlpWithLoss(returns), noise_transition=noise, layer_radius=0.1, train_dataset=data,
+        eval_dataset=data, compute_metrics=accuracy, label_names=["target"],
+    )  # fmt: skip
+    before = trainer.evaluate()
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before["eval_loss"]
+    assert ("eval_corrected_loss" in before) == (noise is not None)
+
+
+def test_renamed_labels_keep_accumulation_exact(tmp_path: Path) -> None:
+    norms = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        model = tiny.MlpWithLoss()
+        model.norm = nn.Identity()
+        trainer = tiny.trainer(
+            tmp_path, model, noise_transition=T, train_dataset=tiny.vectors(label="target"), label_names=["target"],
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_grad_norm=1e9,
+        )  # fmt: skip
+        trainer.train()
+        norms.append(history(trainer, "grad_norm"))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_batch_norm_statistics_move_and_are_listed(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, tiny.Mlp(), noise_transition=T, layer_radius=0.1, train_dataset=tiny.vectors())
+    trainer.train()
+    assert trainer.model.norm.running_mean.abs().max() > 0
+    rows = {row.name: row.free for row in trainer.constraint_table()}
+    assert rows["norm.running_mean"] == "batch-norm statistic, updated by the data"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bf16": True},
+        {"gradient_checkpointing": True},
+        {"activation_checkpointing": True},
+        {"optim": "adafactor"},
+        {"lr_scheduler_type": "cosine", "warmup_steps": 2},
+        {"neftune_noise_alpha": 5},
+        {"auto_find_batch_size": True},
+    ],
+    ids=str,
+)
+def test_features_of_trainer_keep_working(tmp_path: Path, settings: dict[str, Any]) -> None:
+    if not settings.keys() <= inspect.signature(TrainingArguments).parameters.keys():
+        pytest.skip(f"this release of transformers has no {', '.join(settings)}")
+    trainer = tiny.trainer(tmp_path, noise_transition=T, layer_radius=0.05, max_steps=8, **settings)
+    trainer.train()
+    assert np.isfinite(history(trainer)).all()
+    assert max(trainer.constraints.distances().values()) <= 0.05
+    assert next(trainer.model.parameters()).dtype == torch.float32
+
+
+def test_a_model_held_in_bfloat16_stays_in_its_balls(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, tiny.bert().to(torch.bfloat16), noise_transition=T, layer_radius=0.05)
+    trainer.train()
+    distances = trainer.constraints.distances().values()
+    assert 0.02 < max(distances) <= 0.05
+
+
+@pytest.mark.slow
+def test_torch_compile_trains_the_same(tmp_path: Path) -> None:
+    runs = []
+    for compiled in (False, True):
+        trainer = tiny.trainer(
+            tmp_path, noise_transition=T, layer_radius=0.05, torch_compile=compiled, torch_compile_backend="aot_eager",
+            eval_dataset=tiny.texts(8),
+        )  # fmt: skip
+        trainer.train()
+        assert "eval_corrected_loss" in trainer.evaluate()
+        assert max(trainer.constraints.distances().values()) <= 0.05
+        runs.append(tiny.weights(trainer.model))
+    for name, weight in runs[0].items():
+        torch.testing.assert_close(runs[1][name], weight, rtol=0, atol=1e-4)
+
+
+def test_model_init_starts_every_training_from_its_own_centre(tmp_path: Path) -> None:
+    built: list[dict[str, torch.Tensor]] = []
+
+    def model_init() -> nn.Module:
+        model = tiny.bert()
+        built.append(tiny.weights(model))
+        return model
+
+    trainer = tiny.trainer(tmp_path, model_init=model_init, noise_transition=T, layer_radius=0.02)
+    for _ in range(2):
+        trainer.train()
+        distances = layer_distances(trainer.model, built[-1])
+        assert trainer.constraints.distances().items() <= distances.items()
+        assert 0.01 < max(distances.values()) <= 0.02
+    assert len(built) == 3
+
+
+def test_hyperparameter_search_over_the_radius(tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="needs optuna")
+    reached: list[tuple[float, float]] = []
+
+    class Look(TrainerCallback):
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            reached.append((trainer.args.layer_radius, max(trainer.constraints.distances().values())))
+
+    trainer = tiny.trainer(
+        tmp_path, model_init=lambda: tiny.bert(), noise_transition=T, eval_dataset=tiny.texts(8), eval_strategy="epoch",
+        callbacks=[Look()],
+    )  # fmt: skip
+    assert not trainer.constraints
+    best = trainer.hyperparameter_search(
+        hp_space=lambda trial: {"layer_radius": trial.suggest_categorical("layer_radius", [0.01, 0.03])},
+        compute_objective=lambda metrics: metrics["eval_corrected_loss"],
+        direction="minimize",
+        backend="optuna",
+        n_trials=3,
+    )
+    assert best.hyperparameters["layer_radius"] in (0.01, 0.03)
+    assert len(reached) == 3
+    for radius, distance in reached:
+        assert 0.9 * radius < distance <= radius
+
+
+def test_a_second_training_keeps_the_first_centres(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, layer_radius=0.02)
+    before = tiny.weights(trainer.model)
+    trainer.train()
+    trainer.train()
+    assert max(layer_distances(trainer.model, before)[name] for name in trainer.constraints.radii) <= 0.02
+
+
+def test_layers_frozen_after_construction_are_free(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, layer_radius=0.02)
+    for parameter in trainer.model.bert.embeddings.parameters():
+        parameter.requires_grad_(False)
+    trainer.train()
+    assert not any("embeddings" in row.name for row in trainer.constraint_table())
+
+
+def test_the_best_model_is_found_by_the_corrected_loss(tmp_path: Path) -> None:
+    trainer = tiny.trainer(
+        tmp_path, noise_transition=T, layer_radius=0.05, eval_dataset=tiny.texts(8), eval_strategy="steps",
+        eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_corrected_loss",
+    )  # fmt: skip
+    trainer.train()
+    losses = history(trainer, "eval_corrected_loss")
+    assert trainer.state.best_metric == min(losses)
+    assert max(trainer.constraints.distances().values()) <= 0.05
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"loss_correction": "forward"}, "loss_correction='forward' needs noise_transition"),
+    ({"loss_correction": "backward"}, "loss_correction='backward' needs noise_transition"),
+    ({"noise_transition": symmetric_transition(3, 2 / 3)}, "noise_transition is singular"),
+    ({"noise_transition": 2 / 3}, "noise_transition is singular"),
+    ({"noise_transition": [[0.9, 0.2, 0], [0, 1, 0], [0, 0, 1]]}, "sums to 1.1"),
+    ({"noise_transition": 1.5}, "noise rate is 1.5"),
+    ({"noise_transition": symmetric_transition(4, 0.1)}, "is for 4 classes, but the model has 3"),
+    ({"noise_transition": T, "label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no meaning"),
+    ({"noise_transition": T, "compute_loss_func": lambda *a, **k: None}, "compute_loss_func and loss_correction both"),
+    ({"noise_transition": T, "label_names": ["start", "end"]}, r"label_names is \['start', 'end'\]"),
+    ({"layer_radius": -1}, "layer_radius is -1"),
+    ({"layer_radius": {"nothing": 1}}, "pattern 'nothing' matches no layer"),
+    ({"layer_radius": 1, "radius_growth": -1}, "radius_growth is -1"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD, ids=[message for _, message in BAD])
+def test_settings_that_cannot_work_are_refused_at_once(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny.trainer(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_other_problems_than_classification_are_refused(tmp_path: Path, problem: str) -> None:
+    with pytest.raises(ValueError, match=f"problem_type is '{problem}'"):
+        tiny.trainer(tmp_path, tiny.bert(problem_type=problem), noise_transition=T)
+
+
+@pytest.mark.parametrize(
+    ("labels", "noise", "message"),
+    [
+        ([0, 1, 7], T, "label 7 lies outside 0..2"),
+        ([0, -1, 2], T, "label -1 lies outside 0..2"),
+        ([0, 1, 2], [[0.5, 0.5, 0], [0, 1, 0], [0.5, 0, 0.5]], None),
+        ([0, 1, 2], [[1, 0, 0], [0, 1, 0], [0.5, 0.5, 0]], "column 2 .* T says that label 2 can't occur"),
+        ([0.5, 1, 2], T, "no|holds double|dtype"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["datasets", "torch"])
+def test_labels_that_cannot_be_trained_on_are_refused_before_the_first_step(
+    tmp_path: Path, labels: list[Any], noise: Any, message: str | None, kind: str
+) -> None:
+    rows = [{"x": [0.0] * 6, "labels": label} for label in labels * 8]
+    data: Any = Dataset.from_list(rows) if kind == "datasets" else rows
+    model = tiny.Mlp()
+    before = tiny.weights(model)
+
+    def train() -> None:
+        tiny.trainer(tmp_path, model, noise_transition=noise, train_dataset=data).train()
+
+    if message is None:
+        train()
+        return
+    with pytest.raises(ValueError, match=message):
+        train()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_ignored_labels_are_no_mistake(tmp_path: Path) -> None:
+    data = tiny.texts().map(lambda row, i: {"label": -100 if i % 4 == 0 else row["label"]}, with_indices=True)
+    data = data.cast_column("label", Value("int64"))
+    trainer = tiny.trainer(tmp_path, noise_transition=T, train_dataset=data)
+    trainer.train()
+    assert np.isfinite(history(trainer)).all()
+
+
+def test_logits_of_another_size_are_refused(tmp_path: Path) -> None:
+    noise = symmetric_transition(4, 0.1)
+    trainer = tiny.trainer(tmp_path, tiny.Mlp(), noise_transition=noise, train_dataset=tiny.vectors())
+    with pytest.raises(ValueError, match="is for 4 classes, but the logits have 3"):
+        trainer.train()
+
+
+def test_a_data_set_without_labels_is_named(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, noise_transition=T, train_dataset=tiny.texts().remove_columns("label"))
+    with pytest.raises(ValueError, match=r"a corrected loss needs 'labels', but the batch has input_ids"):
+        trainer.train()
+
+
+def test_deepspeed_is_refused(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path)
+    # The flag that Trainer sets; DeepSpeed itself is no dependency and needs a GPU to build.
+    trainer.is_deepspeed_enabled = True
+    trainer.args.layer_radius = 0.1
+    with pytest.raises(ValueError, match="layer_radius does not work with DeepSpeed yet"):
+        trainer._set_up_constraints()
+
+
+def test_sharded_weights_are_refused(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = tiny.Mlp()
+        mesh = init_device_mesh("cpu", (1,))
+        model.fc1.weight = nn.Parameter(distribute_tensor(model.fc1.weight.detach(), mesh))
+        trainer = tiny.trainer(tmp_path, tiny.Mlp(), train_dataset=tiny.vectors())
+        trainer.model = model
+        trainer.args.layer_radius = 0.1
+        with pytest.raises(ValueError, match="does not work with a model sharded at load time yet"):
+            trainer._set_up_constraints()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_an_ill_conditioned_backward_correction_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    noise = pair_flip_transition(3, 0.48)
+    condition = invert_transition(noise).condition_number
+    tiny.trainer(tmp_path, noise_transition=symmetric_transition(3, 0.63), loss_correction="backward")
+    assert "amplifies a loss up to" in caplog.text
+    caplog.clear()
+    assert condition < 10
+    tiny.trainer(tmp_path, noise_transition=noise, loss_correction="backward")
+    assert caplog.text == ""

@@ -1,0 +1,238 @@
+"""What one process of a distributed run does; tests/test_processes.py starts one or two of these.
+
+python processes.py OUT 1 NAME...
+torchrun --nproc_per_node 2 processes.py OUT 2 NAME...
+
+NAME is a function below. What it returns goes to OUT/NAME-PROCESSES-RANK.json. Models are float64, so that
+the order in which gradients are added up does not show, and two layouts differ only if one is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    PreTrainedModel,
+    TrainerCallback,
+)
+
+from hf_robust_ft import (
+    HessianRegularizedTrainer,
+    RobustTrainingArguments,
+    backward_corrected,
+    cross_entropy,
+    forward_corrected,
+    symmetric_transition,
+)
+
+Example = dict[str, Tensor]
+
+PROCESSES, RANK = int(sys.argv[2]), int(os.environ.get("RANK", "0"))
+
+TOKENS, CLASSES, LENGTH, NOISE = 40, 3, 7, 0.3
+MODELS = {"sequence": BertForSequenceClassification, "token": BertForTokenClassification}
+# (per-device batch, accumulation), by the number of processes: 8 examples a step each time.
+LAYOUTS = {1: [(8, 1), (2, 4)], 2: [(4, 1), (2, 2)]}
+STEPS = 4
+
+
+def build(task: str, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=TOKENS,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=LENGTH,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=CLASSES,
+    )
+    return MODELS[task](config).double()
+
+
+def examples(task: str, count: int) -> list[Example]:
+    """Token labels are ragged, so that micro-batches and processes have unequal numbers of targets."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for _ in range(count):
+        length = int(torch.randint(1, LENGTH + 1, (), generator=generator))
+        ids = torch.randint(TOKENS, (LENGTH,), generator=generator)
+        labels = torch.randint(CLASSES, (LENGTH,), generator=generator)
+        labels[length:] = -100
+        mask = (torch.arange(LENGTH) < length).long()
+        made.append(
+            {"input_ids": ids, "attention_mask": mask, "labels": labels if task == "token" else labels[0]}
+        )
+    return made
+
+
+def arguments(folder: Path, **settings: Any) -> RobustTrainingArguments:
+    made = RobustTrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        # Each step then sees the same set of examples however it is dealt out.
+        train_sampling_strategy="sequential",
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        # The gradient's norm is logged, and never clipped.
+        max_grad_norm=1e9,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        **settings,
+    )
+    # Some launchers start one process whatever they are asked for, and then nothing would be tested.
+    assert made.world_size == PROCESSES
+    return made
+
+
+def flat(model: PreTrainedModel) -> dict[str, list[float]]:
+    return {name: weight.flatten().tolist() for name, weight in model.state_dict().items()}
+
+
+def gradients(out: Path) -> dict[str, Any]:
+    """Gradient norms and final weights of every case in every layout of this number of processes.
+
+    SGD shows the gradient's scale in the weights; AdamW is what is used, here with projection.
+    """
+    results: dict[str, Any] = {}
+    for task in MODELS:
+        for correction in ("forward", "backward"):
+            for optimizer, rate, radius in (("sgd", 0.1, None), ("adamw_torch", 0.01, 0.02)):
+                for batch, accumulation in LAYOUTS[PROCESSES]:
+                    trainer = HessianRegularizedTrainer(
+                        build(task),
+                        arguments(
+                            out,
+                            optim=optimizer,
+                            learning_rate=rate,
+                            layer_radius=radius,
+                            noise_transition=NOISE,
+                            loss_correction=correction,
+                            per_device_train_batch_size=batch,
+                            gradient_accumulation_steps=accumulation,
+                            max_steps=STEPS,
+                        ),
+                        train_dataset=examples(task, 8 * STEPS),
+                    )
+                    trainer.train()
+                    name = f"{task} {correction} {optimizer} batch {batch} accumulation {accumulation}"
+                    results[name] = {
+                        "grad_norm": [x["grad_norm"] for x in trainer.state.log_history if "grad_norm" in x],
+                        "weights": flat(trainer.model),
+                        "active": sum(row.active for row in trainer.constraint_table()),
+                    }
+    return results
+
+
+def evaluation(out: Path) -> dict[str, Any]:
+    """Evaluation of 11 examples, which two processes can't share evenly in batches of 2, and of 12."""
+    results: dict[str, Any] = {}
+    transition = torch.tensor(symmetric_transition(CLASSES, NOISE))
+    corrections: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "forward": lambda logits, labels: forward_corrected(logits, labels, transition),
+        "backward": lambda logits, labels: backward_corrected(logits, labels, transition.inverse()),
+    }
+    for task in MODELS:
+        for correction, corrected in corrections.items():
+            for count in (11, 12):
+                model, data = build(task), examples(task, count)
+                settings = arguments(
+                    out, noise_transition=NOISE, loss_correction=correction, per_device_eval_batch_size=2
+                )
+                metrics = HessianRegularizedTrainer(model, settings, eval_dataset=data).evaluate()
+                everything = {key: torch.stack([example[key] for example in data]) for key in data[0]}
+                labels = everything.pop("labels")
+                with torch.no_grad():
+                    logits = model(**everything).logits
+                targets = int((labels != -100).sum())
+                results[f"{task} {correction} {count}"] = {
+                    "loss": metrics["eval_loss"],
+                    "direct_loss": float(cross_entropy(logits, labels).sum()) / targets,
+                    "corrected_loss": metrics["eval_corrected_loss"],
+                    "direct_corrected_loss": float(corrected(logits, labels).sum()) / targets,
+                }
+    return results
+
+
+def base(out: Path) -> None:
+    """A pretrained model without a head, for `head`. By one process: of several, only the first saves."""
+    build("sequence").bert.save_pretrained(out / "base")
+
+
+def head(out: Path) -> dict[str, Any]:
+    """Training with a new head under a radius; each process draws its own initial head."""
+    torch.manual_seed(RANK)
+    model = BertForSequenceClassification.from_pretrained(
+        out / "base", num_labels=CLASSES, dtype=torch.float64
+    )
+    initial = model.classifier.weight.detach().clone()
+    trainer = HessianRegularizedTrainer(
+        model,
+        arguments(
+            out,
+            layer_radius={"classifier": 0.1},
+            radius_mode="relative",
+            learning_rate=0.05,
+            per_device_train_batch_size=4,
+            max_steps=STEPS,
+        ),
+        train_dataset=examples("sequence", 8 * STEPS),
+    )
+    trainer.train()
+    (row,) = (row for row in trainer.constraint_table() if row.name == "classifier.weight")
+    return {
+        "initial": initial.tolist(),
+        "weights": flat(trainer.model),
+        "centre": row.centre,
+        "radius": row.radius,
+        "distance": row.distance,
+    }
+
+
+class CountSteps(TrainerCallback):
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.steps += 1
+
+
+def sharded(out: Path) -> dict[str, Any]:
+    """FSDP asked for beside a radius."""
+    counter, message = CountSteps(), None
+    try:
+        trainer = HessianRegularizedTrainer(
+            build("sequence"),
+            arguments(out, fsdp=True, layer_radius=0.1, max_steps=STEPS),
+            train_dataset=examples("sequence", 8 * STEPS),
+            callbacks=[counter],
+        )
+        trainer.train()
+    except ValueError as error:
+        message = str(error)
+    return {"message": message, "steps": counter.steps}
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    functions = {function.__name__: function for function in (gradients, evaluation, base, head, sharded)}
+    for name in sys.argv[3:]:
+        result = functions[name](out)
+        (out / f"{name}-{PROCESSES}-{RANK}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,6 @@
 ``HessianRegularizedTrainer`` takes the place of ``transformers.Trainer``.
 """
 
-from importlib.metadata import version as _version
-
 from .arguments import RobustTrainingArguments
 from .constraints import ConstraintRow, ConstraintTable, LayerConstraints
 from .layers import Layer, NotALayer, find_layers
@@ -21,8 +19,6 @@ from .noise import (
 )
 from .reference import ReferenceMismatch, layer_distances
 from .trainer import HessianRegularizedTrainer
-
-__version__ = _version("hf-robust-ft")
 
 __all__ = [
     "ConstraintRow",

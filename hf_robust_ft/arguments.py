@@ -73,7 +73,7 @@ class RobustTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.noise_transition = _plain_transition(self.noise_transition)
         self.layer_radius = _plain_radius(self.layer_radius)
         _check_choice("loss_correction", self.loss_correction, (None, *LOSS_CORRECTIONS))
@@ -107,7 +107,7 @@ def _plain_radius(value: Any) -> float | dict[str, float | None] | None:
         parsed = value
     if parsed is not None and not isinstance(parsed, (int, float, dict)):
         raise ValueError(
-            f"layer_radius is {value!r}; give a number or JSON such as '{{\"*encoder.layer.*\": 0.3, \"*\": null}}'"
+            f'layer_radius is {value!r}; give a number or JSON such as \'{{"*encoder.layer.*": 0.3, "*": null}}\''
         )
     return parsed
 

@@ -18,11 +18,10 @@ class ProjectionCallback(TrainerCallback):
     a gradient scaler skipped it does nothing, as projecting twice is projecting once.
     """
 
-    def __init__(self) -> None:
-        self.constraints: LayerConstraints | None = None
+    def __init__(self, constraints: LayerConstraints) -> None:
+        self.constraints = constraints
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.constraints is not None:
-            self.constraints.project_()
+        self.constraints.project_()

@@ -89,6 +89,7 @@ class LayerConstraints:
         mode: ``"absolute"``, or ``"relative"`` to ``‖W_i^ref‖`` in the same norm.
         growth: γ of the depth schedule ``α_i = α γ^depth``.
         reference: centres by parameter name, as stored by an earlier run; by default the present weights.
+        capture_missing: whether a layer that the reference lacks is centred on its present weights, too.
 
     Raises:
         ValueError: a negative or NaN radius, a pattern without a match, a growth that is not positive, a
@@ -105,6 +106,7 @@ class LayerConstraints:
         mode: Literal["absolute", "relative"] = "absolute",
         growth: float = 1.0,
         reference: Mapping[str, Tensor] | None = None,
+        capture_missing: bool = False,
     ) -> None:
         if not (math.isfinite(growth) and growth > 0):
             raise ValueError(f"radius_growth is {growth}; it is a positive factor from one depth to the next")
@@ -122,11 +124,11 @@ class LayerConstraints:
                 "layer_radius is set on a PEFT model: a ball around one adapter factor does not bound the change "
                 "of the layer. Leave layer_radius=None with adapters, or fine-tune the full weights"
             )
-        if reference is None:
-            reference = capture_reference(layer for layer, _ in constrained)
-        self._balls = [
-            _ball(layer, value * growth**layer.depth, norm, mode, reference) for layer, value in constrained
-        ]
+        if reference is None or capture_missing:
+            known = reference or {}
+            missing = capture_reference(layer for layer, _ in constrained if layer.name not in known)
+            reference = {**known, **missing}
+        self._balls = [_ball(layer, value * growth**layer.depth, norm, mode, reference) for layer, value in constrained]
 
     def __len__(self) -> int:
         """The number of constrained layers; an object without any is false."""
@@ -174,9 +176,7 @@ class LayerConstraints:
             for ball in self._balls
         ]
         rows += [
-            ConstraintRow(
-                layer.name, tuple(layer.parameter.shape), None, None, None, None, reason, tied=layer.tied
-            )
+            ConstraintRow(layer.name, tuple(layer.parameter.shape), None, None, None, None, reason, tied=layer.tied)
             for layer, reason in self._free
         ]
         rows += [ConstraintRow(o.name, o.shape, None, None, None, None, o.reason) for o in self._others]
@@ -202,9 +202,7 @@ def _ball(layer: Layer, radius: float, norm: Norm, mode: str, reference: Mapping
     return Ball(layer, centre, centre_norm, radius)
 
 
-def _assign(
-    layers: Sequence[Layer], radius: Radius, others: Sequence[NotALayer]
-) -> list[tuple[float, str | None]]:
+def _assign(layers: Sequence[Layer], radius: Radius, others: Sequence[NotALayer]) -> list[tuple[float, str | None]]:
     """For each layer its radius before schedule and scaling, and why it is free (None if it is not)."""
     if radius is None:
         return [(math.inf, "layer_radius is None")] * len(layers)
@@ -220,13 +218,13 @@ def _assign(
             raise ValueError(_no_match(pattern, layers, others))
     given: list[tuple[float, str | None]] = []
     for layer in layers:
-        pattern = next((p for p in radius if _matches(layer, p)), None)
-        if pattern is None:
+        first = next((p for p in radius if _matches(layer, p)), None)
+        if first is None:
             given.append((math.inf, "no pattern of layer_radius matches"))
             continue
-        chosen = radius[pattern]
-        value = math.inf if chosen is None else _checked(chosen, f"layer_radius['{pattern}']")
-        given.append((value, f"freed by the pattern '{pattern}'" if math.isinf(value) else None))
+        chosen = radius[first]
+        value = math.inf if chosen is None else _checked(chosen, f"layer_radius['{first}']")
+        given.append((value, f"freed by the pattern '{first}'" if math.isinf(value) else None))
     return given
 
 

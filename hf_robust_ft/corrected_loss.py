@@ -59,9 +59,7 @@ class CorrectedLoss:
         self.matrices = transition, invert_transition(transition)
         return self.matrices
 
-    def __call__(
-        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Sum of the corrected losses over ``num_items_in_batch``, a scalar.
 
         Raises:
@@ -71,9 +69,7 @@ class CorrectedLoss:
         logits, labels = self._logits_and_labels(outputs, labels)
         return reduce_loss(self._losses(logits, labels), labels, num_items_in_batch)
 
-    def plain(
-        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def plain(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The uncorrected loss of the same outputs, for evaluation."""
         logits, labels = self._logits_and_labels(outputs, labels)
         return reduce_loss(cross_entropy(logits, labels), labels, num_items_in_batch)
@@ -136,8 +132,8 @@ def find_logits(outputs: Any) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs
     if isinstance(outputs, Mapping):
-        if "logits" in outputs:
-            return outputs["logits"]
+        if isinstance(logits := outputs.get("logits"), Tensor):
+            return logits
         tensors = [v for k, v in outputs.items() if isinstance(v, Tensor) and v.dim() > 0 and k != "loss"]
         if len(tensors) == 1:
             return tensors[0]

@@ -102,9 +102,7 @@ def validate_transition(matrix: Any, num_classes: int | None = None) -> Matrix:
             f"noise_transition is not a matrix of numbers ({error}); give K rows of K numbers each"
         ) from None
     if array.ndim != 2 or array.shape[0] != array.shape[1] or array.shape[0] < 2:
-        raise ValueError(
-            f"noise_transition has shape {array.shape}; a transition matrix is square, [K, K] with K >= 2"
-        )
+        raise ValueError(f"noise_transition has shape {array.shape}; a transition matrix is square, [K, K] with K >= 2")
     if num_classes is not None and array.shape[0] != num_classes:
         raise ValueError(
             f"noise_transition is for {array.shape[0]} classes, but the model has {num_classes}; "
@@ -127,7 +125,8 @@ def validate_transition(matrix: Any, num_classes: int | None = None) -> Matrix:
         if np.allclose(array.sum(axis=0), 1, atol=ROW_SUM_TOLERANCE):
             hint = "its columns do sum to 1, so it looks transposed: rows are the true class here, pass T.T"
         raise ValueError(f"row {worst} of noise_transition sums to {sums[worst]:.6g}, not 1; {hint}")
-    return array / sums[:, None]
+    normalised: Matrix = array / sums[:, None]
+    return normalised
 
 
 def load_transition(source: Any, num_classes: int | None = None) -> Matrix:
@@ -181,7 +180,7 @@ def invert_transition(transition: Matrix) -> InverseTransition:
             "cannot tell the classes apart. Lower the noise rate, merge the classes that have equal rows, "
             "or train without correction (loss_correction='none')"
         )
-    inverse = np.linalg.inv(transition)
+    inverse: Matrix = np.linalg.inv(transition).astype(np.float64)
     return InverseTransition(inverse, condition, float(np.abs(inverse).sum(axis=1).max()))
 
 

@@ -42,9 +42,7 @@ def layer_distances(model: nn.Module, reference: Mapping[str, Tensor]) -> dict[s
         ReferenceMismatch: a layer that the reference lacks, or has in another shape.
     """
     layers, _ = find_layers(model)
-    return {
-        layer.name: distance(layer.parameter, reference_weight(layer, reference), "frobenius") for layer in layers
-    }
+    return {layer.name: distance(layer.parameter, reference_weight(layer, reference), "frobenius") for layer in layers}
 
 
 def reference_weight(layer: Layer, reference: Mapping[str, Tensor]) -> Tensor:
@@ -73,8 +71,8 @@ def reference_digest(reference: Mapping[str, Tensor]) -> str:
     for name in sorted(reference):
         tensor = reference[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        # A byte view, as numpy has no bfloat16; memoryview reads it without a copy.
-        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        # A byte view, as numpy has no bfloat16.
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

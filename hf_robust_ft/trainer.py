@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,25 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from .arguments import RobustTrainingArguments
 from .callbacks import ProjectionCallback
 from .checkpoint import ConstraintRecord, last_complete_checkpoint
 from .constraints import ConstraintTable, LayerConstraints
-from .corrected_loss import CorrectedLoss
 from .data import check_dataset_labels
+from .features import make_constraints, make_corrected_loss, requires_argument
 from .reference import load_reference, reference_digest, save_reference
 
 logger = logging.getLogger(__name__)
-
-# The variance of a backward-corrected loss grows with the square of this: at 10, a hundred examples
-# say as much as one clean one.
-WARN_CONDITION_NUMBER = 10.0
 
 
 class HessianRegularizedTrainer(Trainer):
@@ -65,12 +57,18 @@ class HessianRegularizedTrainer(Trainer):
 
     def _set_up(self) -> None:
         self._user_loss = self.compute_loss_func
-        self._corrected: CorrectedLoss | None = None
         self._evaluated: list[Tensor] | None = None
-        self._projection = ProjectionCallback()
-        self.add_callback(self._projection)
         self._set_up_correction()
-        self._set_up_constraints()
+        self._constrained_model = self._model
+        self._projection = ProjectionCallback(
+            make_constraints(self.args, self._constrained_model, sharded_by=self._sharded_by)
+        )
+        self.add_callback(self._projection)
+
+    @property
+    def _model(self) -> nn.Module:
+        assert self.model is not None  # Trainer's own annotation leaves it open until __init__ ends
+        return self.model
 
     @property
     def constraints(self) -> LayerConstraints:
@@ -87,96 +85,41 @@ class HessianRegularizedTrainer(Trainer):
         """Settings are read here: train() calls this after model_init and before it loads a checkpoint."""
         super()._hp_search_setup(trial)
         self._set_up_correction()
-        # Weights that have moved are no centre: a second train() of one model keeps the first one's.
-        moved = self._constrained_model is self.model and self.state.global_step > 0
-        self._set_up_constraints(self.constraints.reference if moved else None)
-        if self.constraints and self.args.world_size > 1:
-            # A head that each process initialised by itself; DDP, too, starts from that of process 0.
-            self._set_up_constraints({n: broadcast(t) for n, t in self.constraints.reference.items()})
+        self._set_up_constraints()
         if self._corrected is not None and self._corrected.matrices is not None:
             columns = ["label", "label_ids", "labels", *self.label_names]
             check_dataset_labels(self.train_dataset, columns, len(self._corrected.matrices[0]))
 
-    def _setting(self, name: str) -> Any:
-        return getattr(self.args, name, getattr(RobustTrainingArguments, name))
-
     def _set_up_correction(self) -> None:
-        self._corrected = None
-        self.compute_loss_func = self._user_loss
-        transition, correction = self._setting("noise_transition"), self._setting("loss_correction")
-        if correction == "none" or (correction is None and transition is None):
-            return
-        if transition is None:
-            raise ValueError(
-                f"loss_correction='{correction}' needs noise_transition: give a rate, a path or a matrix, or set "
-                "loss_correction='none'"
-            )
-        if self._user_loss is not None:
-            raise ValueError(
-                "compute_loss_func and loss_correction both define the loss; drop one of them "
-                "(forward_corrected and backward_corrected can be called from your own function)"
-            )
-        if self.args.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor={self.args.label_smoothing_factor} has no meaning beside loss_correction: "
-                "smoothing is itself a noise model. Set it to 0, or set loss_correction='none'"
-            )
-        problem = getattr(getattr(self.model, "config", None), "problem_type", None)
-        if problem in ("regression", "multi_label_classification"):
-            raise ValueError(f"loss_correction is for one class a target, but the model's problem_type is '{problem}'")
-        if len(self.label_names) > 1:
-            raise ValueError(
-                f"loss_correction needs one label, but label_names is {self.label_names}; name the one to correct"
-            )
-        if not self.label_names:
+        self._corrected = make_corrected_loss(self.args, self._model, self.label_names, self._user_loss)
+        self.compute_loss_func = self._user_loss if self._corrected is None else self._corrected
+        if self._corrected is not None:
             # A model without a label argument: default_data_collator calls the column this.
-            self.label_names = ["labels"]
-        self._model_requires_labels = _requires(self.model, self.label_names[0])
-        loss_type = _loss_type(self.model)
-        self._corrected = CorrectedLoss(
-            "forward" if correction is None else correction,
-            transition,
-            num_classes=_num_classes(self.model, loss_type),
-            shift=loss_type == "ForCausalLM",
-        )
-        self.compute_loss_func = self._corrected
-        if self._corrected.correction == "backward" and self._corrected.matrices is not None:
-            inverse = self._corrected.matrices[1]
-            if inverse.condition_number > WARN_CONDITION_NUMBER:
-                logger.warning(
-                    "backward correction amplifies a loss up to %.3g times (condition number of noise_transition "
-                    "%.3g): expect noisy gradients; loss_correction='forward' is stable",
-                    inverse.amplification,
-                    inverse.condition_number,
-                )
+            self.label_names = self.label_names or ["labels"]
+            self._model_requires_labels = requires_argument(self._model, self.label_names[0])
 
-    def _set_up_constraints(self, reference: dict[str, Tensor] | None = None) -> None:
-        radius = self._setting("layer_radius")
-        if radius is not None:
-            self._refuse_sharded_weights()
-        self._constrained_model = self.model
-        self._projection.constraints = LayerConstraints(
-            self.model,
-            radius,
-            norm=self._setting("radius_norm"),
-            mode=self._setting("radius_mode"),
-            growth=self._setting("radius_growth"),
-            reference=reference,
-        )
+    def _set_up_constraints(self) -> None:
+        build = functools.partial(make_constraints, self.args, self._model, sharded_by=self._sharded_by)
+        if self._model is self._constrained_model:
+            # Weights that have moved are no centre: a second train() of one model keeps the first one's.
+            untrained = self.state.global_step == 0
+            constraints = build(reference=self.constraints.reference, capture_missing=untrained)
+        else:
+            # The old centres go before new ones are copied: memory for one copy is enough.
+            self._projection.constraints = LayerConstraints(self._model, None)
+            self._constrained_model = self._model
+            constraints = build()
+        if constraints and self.args.world_size > 1:
+            # A head that each process initialised by itself; DDP, too, starts from that of process 0.
+            constraints = build(reference={n: broadcast(t) for n, t in constraints.reference.items()})
+        self._projection.constraints = constraints
 
-    def _refuse_sharded_weights(self) -> None:
-        sharded = (
-            ("DeepSpeed", self.is_deepspeed_enabled),
-            # Asked for but ignored (as on a CPU) is refused, too: the run would not be the one that was meant.
-            ("FSDP", self.is_fsdp_enabled or self.args.fsdp),
-            ("a model sharded at load time", any(isinstance(p, DTensor) for p in self.model.parameters())),
-        )
-        for name, present in sharded:
-            if present:
-                raise ValueError(
-                    f"layer_radius does not work with {name} yet, as no process holds a whole layer; "
-                    "use DDP (accelerate launch or torchrun without it), or set layer_radius=None"
-                )
+    @property
+    def _sharded_by(self) -> str | None:
+        if self.is_deepspeed_enabled:
+            return "DeepSpeed"
+        # Asked for but ignored (as on a CPU) counts, too: the run would not be the one that was meant.
+        return "FSDP" if self.is_fsdp_enabled or self.args.fsdp else None
 
     # The loss
 
@@ -249,6 +192,7 @@ class HessianRegularizedTrainer(Trainer):
             )
             if self._evaluated:
                 losses, targets = torch.cat(self._evaluated).double().sum(0).tolist()
+                assert output.metrics is not None  # Trainer always fills them
                 output.metrics[f"{metric_key_prefix}_corrected_loss"] = losses / max(targets, 1)
         finally:
             self._evaluated = None
@@ -264,7 +208,7 @@ class HessianRegularizedTrainer(Trainer):
     ) -> TrainOutput:
         """As ``Trainer.train``; ``resume_from_checkpoint=True`` passes over checkpoints that were cut off."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir)) or True
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -272,7 +216,8 @@ class HessianRegularizedTrainer(Trainer):
         if not self.constraints:
             return
         record = ConstraintRecord.load(resume_from_checkpoint)
-        self._set_up_constraints(load_reference(Path(resume_from_checkpoint).parent, record.reference_sha256))
+        reference = load_reference(Path(resume_from_checkpoint).parent, record.reference_sha256)
+        self._projection.constraints = make_constraints(self.args, self._model, reference=reference)
         if record.radius_norm != self.constraints.norm or record.radii != self.constraints.radii:
             logger.warning("the radii differ from those of the checkpoint; training goes on with the new ones")
 
@@ -287,31 +232,6 @@ class HessianRegularizedTrainer(Trainer):
                 run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             )
         super()._save_checkpoint(model, trial)
-
-
-def _loss_type(model: nn.Module) -> str | None:
-    """transformers' name for the loss of a model, None for models from elsewhere."""
-    if hasattr(model, "peft_config"):
-        model = model.get_base_model()  # type: ignore[operator]
-    # GPT-2 and others that are not called …ForCausalLM carry no name, but have that loss.
-    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        return "ForCausalLM"
-    return getattr(model, "loss_type", None)
-
-
-def _num_classes(model: nn.Module, loss_type: str | None) -> int | None:
-    """K, for the transformers models whose config says it; the logits of others tell it at the first step."""
-    config = getattr(model, "config", None)
-    if config is None or loss_type is None:
-        return None
-    if loss_type in ("ForCausalLM", "ForMaskedLM"):
-        return int(config.get_text_config().vocab_size)
-    return int(config.num_labels) if loss_type.endswith("Classification") else None
-
-
-def _requires(model: nn.Module, argument: str) -> bool:
-    parameter = inspect.signature(model.forward).parameters.get(argument)
-    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def _starts_with_loss(outputs: Any) -> bool:

@@ -2,8 +2,8 @@
 
     python recipes/bench_step.py --model_name_or_path .assets/models/dinov2-small
 
-Two Trainers of one model take turns, step by step, on the same batch: one plain, one with forward
-correction and a radius so small that every layer is projected at every step. The third figure of each
+Two Trainers of one model take turns, step by step, on the same batch: transformers' own, and ours with
+forward correction and a radius so small that every layer is projected at every step. The third figure of each
 round projects again in the usual way, ``reference + scale * (weight - reference)`` with new tensors.
 Without ``--model_name_or_path`` the model is a ViT-S with random weights: the same work.
 """
@@ -20,7 +20,13 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_robust_ft import HessianRegularizedTrainer, RobustTrainingArguments, symmetric_transition
 
@@ -28,9 +34,7 @@ CLASSES = 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default=None)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--image_size", type=int, default=56)
@@ -41,8 +45,15 @@ def main() -> None:
     torch.manual_seed(0)
     pixels = torch.randn(options.batch_size, 3, options.image_size, options.image_size)
     batch = {"pixel_values": pixels, "labels": torch.arange(options.batch_size) % CLASSES}
-    plain = make_trainer(options)
-    robust = make_trainer(options, noise_transition=symmetric_transition(CLASSES, 0.4), layer_radius=0.01)
+    plain = make_trainer(Trainer, TrainingArguments, options)
+    robust = make_trainer(
+        HessianRegularizedTrainer,
+        RobustTrainingArguments,
+        options,
+        noise_transition=symmetric_transition(CLASSES, 0.4),
+        layer_radius=0.01,
+    )
+    assert isinstance(robust, HessianRegularizedTrainer)
     batch = plain._prepare_inputs(batch)
     naive = {name: weight.detach().clone() for name, weight in robust.model.named_parameters()}
 
@@ -76,7 +87,9 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
-def make_trainer(options: argparse.Namespace, **settings: Any) -> HessianRegularizedTrainer:
+def make_trainer(
+    kind: type[Trainer], arguments_kind: type[TrainingArguments], options: argparse.Namespace, **settings: Any
+) -> Trainer:
     if options.model_name_or_path:
         model = AutoModelForImageClassification.from_pretrained(options.model_name_or_path, num_labels=CLASSES)
     else:
@@ -85,20 +98,20 @@ def make_trainer(options: argparse.Namespace, **settings: Any) -> HessianRegular
             image_size=options.image_size, num_labels=CLASSES,
         )  # fmt: skip
         model = ViTForImageClassification(config)
-    arguments = RobustTrainingArguments(
+    arguments = arguments_kind(
         output_dir="outputs/bench_step",
         learning_rate=1e-4,
         per_device_train_batch_size=options.batch_size,
         report_to="none",
         **settings,
     )
-    trainer = HessianRegularizedTrainer(model=model, args=arguments)
+    trainer = kind(model=model, args=arguments)
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
     return trainer
 
 
-def step(trainer: HessianRegularizedTrainer, batch: dict[str, Any]) -> float:
+def step(trainer: Trainer, batch: dict[str, Any]) -> float:
     """One optimizer step as the training loop takes it, in seconds."""
     _wait()
     started = time.perf_counter()

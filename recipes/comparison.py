@@ -7,15 +7,12 @@ import platform
 import statistics
 import sys
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-import accelerate
 import matplotlib
 import torch
-import transformers
 from matplotlib import pyplot
-
-import hf_robust_ft
 
 # Okabe and Ito's colours: told apart by colour-blind readers, on light and on dark paper.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7")
@@ -47,7 +44,7 @@ def mean_and_error(values: list[float]) -> str:
 def accuracy_table(runs: list[Run]) -> str:
     """Markdown: one row a method, clean test accuracy at the last and at the best epoch."""
     lines = [
-        "| method | clean test accuracy, last epoch (%) | best epoch (%) | seeds | mean layer distance | seconds a run |",
+        "| method | clean accuracy, last epoch (%) | best epoch (%) | seeds | mean layer distance | seconds a run |",
         "|---|---|---|---|---|---|",
     ]
     for method in _methods(runs):
@@ -91,9 +88,7 @@ def plot(runs: list[Run], path: Path) -> None:
         right.plot(
             depths,
             [
-                statistics.fmean(
-                    run.distances[name] for run in chosen for name, d in run.depths.items() if d == depth
-                )
+                statistics.fmean(run.distances[name] for run in chosen for name, d in run.depths.items() if d == depth)
                 for depth in depths
             ],
             color=colour,
@@ -112,7 +107,7 @@ def plot(runs: list[Run], path: Path) -> None:
 def report(runs: list[Run], settings: dict[str, object], folder: Path) -> None:
     """Print the tables, and write results.json and curves.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    versions = {m.__name__: m.__version__ for m in (hf_robust_ft, torch, transformers, accelerate)}
+    versions = {name: version(name) for name in ("hf-robust-ft", "torch", "transformers", "accelerate", "datasets")}
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {_device()}"
     content = {
         "command": " ".join(sys.argv),

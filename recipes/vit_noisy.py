@@ -60,7 +60,8 @@ class RecipeArguments:
     """What to train on, how to corrupt it, and which methods to compare."""
 
     model_name_or_path: str = field(
-        default=str(HERE / "glyph_vit"), metadata={"help": "A pretrained image model: a folder or a Hub name."}
+        default=str(HERE / "glyph_vit"),
+        metadata={"help": "A pretrained image model: a folder or a Hub name."},
     )
     dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
@@ -75,7 +76,10 @@ class RecipeArguments:
     max_test_samples: int | None = field(default=None, metadata={"help": "Test on the first so many, shuffled."})
     noise: str = field(
         default="symmetric",
-        metadata={"help": "Noise to put on the training labels.", "choices": ["symmetric", "pair_flip", "none"]},
+        metadata={
+            "help": "Noise to put on the training labels.",
+            "choices": ["symmetric", "pair_flip", "none"],
+        },
     )
     noise_rate: float = field(default=0.6, metadata={"help": "Share of the training labels to replace."})
     methods: list[str] = field(

@@ -65,7 +65,10 @@ def test_help_explains_every_argument(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_correction": "forwards"}, "loss_correction is 'forwards'; choose one of None, 'none', 'forward'"),
+        (
+            {"loss_correction": "forwards"},
+            "loss_correction is 'forwards'; choose one of None, 'none', 'forward'",
+        ),
         ({"radius_norm": "l2"}, "radius_norm is 'l2'; choose one of 'frobenius', 'inf_op'"),
         ({"radius_mode": "rel"}, "radius_mode is 'rel'"),
         ({"layer_radius": "[0.3]"}, r"layer_radius is '\[0.3\]'; give a number or JSON"),
@@ -91,7 +94,11 @@ def test_a_matrix_survives_json(tmp_path: Path, kind: str) -> None:
 
 def test_a_json_file_of_arguments(tmp_path: Path) -> None:
     file = tmp_path / "arguments.json"
-    settings = {"output_dir": str(tmp_path), "noise_transition": [[0.9, 0.1], [0.2, 0.8]], "layer_radius": {"*": 1}}
+    settings = {
+        "output_dir": str(tmp_path),
+        "noise_transition": [[0.9, 0.1], [0.2, 0.8]],
+        "layer_radius": {"*": 1},
+    }
     file.write_text(json.dumps(settings))
     (parsed,) = HfArgumentParser(RobustTrainingArguments).parse_json_file(file)
     assert parsed.noise_transition == [[0.9, 0.1], [0.2, 0.8]]

@@ -190,7 +190,7 @@ def test_a_reference_of_another_model_is_refused(model: nn.Module) -> None:
     with pytest.raises(ReferenceMismatch, match=r"has shape \(16, 16\), the model's has \(20, 20\)"):
         LayerConstraints(tiny.bert(hidden_size=20), {"*.query": 0.1}, reference=reference)
     del reference["classifier.weight"]
-    with pytest.raises(ReferenceMismatch, match="no weights for classifier.weight"):
+    with pytest.raises(ReferenceMismatch, match=r"no weights for classifier\.weight"):
         LayerConstraints(model, 0.1, reference=reference)
     with pytest.raises(ReferenceMismatch, match="no weights for bert"):
         layer_distances(model, {})

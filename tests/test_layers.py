@@ -81,7 +81,11 @@ def test_gpt2_rows_are_outputs_and_tied_weights_count_once() -> None:
     model = tiny.gpt2(causal=True)
     layers, _ = audit(model)
     attention = layers["transformer.h.0.attn.c_attn.weight"]
-    assert (attention.kind, attention.row_dims, tuple(attention.parameter.shape)) == ("Conv1D", (1,), (16, 48))
+    assert (attention.kind, attention.row_dims, tuple(attention.parameter.shape)) == (
+        "Conv1D",
+        (1,),
+        (16, 48),
+    )
     assert layers["transformer.wte.weight"].tied == ("lm_head.weight",)
     assert "lm_head.weight" not in layers
     assert "lm_head.weight" in layers["transformer.wte.weight"].matches()

@@ -162,9 +162,7 @@ def test_half_precision_logits_are_lossless(dtype: torch.dtype) -> None:
     t = some_transition()
     losses = forward_corrected(half, labels, t)
     assert losses.dtype == torch.float32
-    torch.testing.assert_close(
-        losses, forward_corrected(half.double(), labels, t).float(), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(losses, forward_corrected(half.double(), labels, t).float(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("correct", [forward_corrected, backward_corrected])

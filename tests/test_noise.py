@@ -55,9 +55,7 @@ def test_rows_of_an_inverse_sum_to_one() -> None:
     np.testing.assert_allclose(inverse.sum(axis=1), 1, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "matrix", [symmetric_transition(4, 0.75), pair_flip_transition(4, 0.5), np.full((2, 2), 0.5)]
-)
+@pytest.mark.parametrize("matrix", [symmetric_transition(4, 0.75), pair_flip_transition(4, 0.5), np.full((2, 2), 0.5)])
 def test_a_singular_matrix_is_refused(matrix: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"noise_transition is singular .*condition number"):
         invert_transition(matrix)
@@ -98,7 +96,13 @@ def test_every_source_gives_the_same_matrix(tmp_path: Path) -> None:
     matrix = random_transition(3)
     np.save(tmp_path / "T.npy", matrix)
     (tmp_path / "T.json").write_text(json.dumps(matrix.tolist()))
-    sources = [matrix, matrix.tolist(), json.dumps(matrix.tolist()), str(tmp_path / "T.npy"), tmp_path / "T.json"]
+    sources = [
+        matrix,
+        matrix.tolist(),
+        json.dumps(matrix.tolist()),
+        str(tmp_path / "T.npy"),
+        tmp_path / "T.json",
+    ]
     for source in sources:
         np.testing.assert_allclose(load_transition(source, 3), matrix, atol=1e-15)
     for rate in (0.25, "0.25"):
@@ -122,17 +126,17 @@ def test_bad_files_are_refused(tmp_path: Path, name: str, content: bytes, messag
 
 def test_a_pickle_is_never_run(tmp_path: Path) -> None:
     np.save(tmp_path / "T.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="no plain .npy array"):
+    with pytest.raises(ValueError, match=r"no plain \.npy array"):
         load_transition(str(tmp_path / "T.npy"))
 
 
 def test_a_missing_file_is_named() -> None:
-    with pytest.raises(FileNotFoundError, match="noise_transition='nowhere.npy' is neither a number"):
+    with pytest.raises(FileNotFoundError, match=r"noise_transition='nowhere\.npy' is neither a number"):
         load_transition("nowhere.npy")
 
 
 def test_a_rate_needs_the_number_of_classes() -> None:
-    with pytest.raises(ValueError, match="the rate 0.2, but the number of classes is not known"):
+    with pytest.raises(ValueError, match=r"the rate 0\.2, but the number of classes is not known"):
         load_transition(0.2)
 
 

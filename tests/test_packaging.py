@@ -33,9 +33,7 @@ SOURCES = [
     "recipes",
     "tests",
 ]
-UNPACKED_BY_PYTHON = shutil.ignore_patterns(
-    "__pycache__", "*.pyc", "*.egg-info", ".*_cache", "outputs", "runs"
-)
+UNPACKED_BY_PYTHON = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info", ".*_cache", "outputs", "runs")
 
 
 def _setup_cfg() -> configparser.ConfigParser:

@@ -92,9 +92,7 @@ def test_both_processes_hold_the_same_weights(runs: Path) -> None:
 @pytest.mark.parametrize("count", [11, 12])
 @pytest.mark.parametrize("correction", ["forward", "backward"])
 @pytest.mark.parametrize("task", ["sequence", "token"])
-def test_every_example_is_evaluated_once(
-    runs: Path, task: str, correction: str, count: int, processes: int
-) -> None:
+def test_every_example_is_evaluated_once(runs: Path, task: str, correction: str, count: int, processes: int) -> None:
     """The corrected loss is a mean over all targets, also where an example is dealt out twice to fill up."""
     for rank in _results(runs, "evaluation", processes):
         got = rank[f"{task} {correction} {count}"]

@@ -23,9 +23,7 @@ def naive_distance(weight: Tensor, reference: Tensor, norm: Norm, row_dims: tupl
     return float(rows.norm() if norm == "frobenius" else rows.abs().sum(1).max())
 
 
-def naive_projection(
-    weight: Tensor, reference: Tensor, radius: float, norm: Norm, row_dims: tuple[int, ...]
-) -> Tensor:
+def naive_projection(weight: Tensor, reference: Tensor, radius: float, norm: Norm, row_dims: tuple[int, ...]) -> Tensor:
     difference = weight.double() - reference.double()
     if norm == "frobenius":
         factor = min(1.0, radius / float(difference.norm()))
@@ -49,7 +47,14 @@ def run(weight: Tensor, reference: Tensor, radius: float, norm: Norm, row_dims: 
     return projected
 
 
-SHAPES = [((7, 5), (0,)), ((5, 7), (1,)), ((6, 3, 2, 2), (0,)), ((3, 6, 2, 2), (1,)), ((1, 9), (0,)), ((4, 1), (1,))]
+SHAPES = [
+    ((7, 5), (0,)),
+    ((5, 7), (1,)),
+    ((6, 3, 2, 2), (0,)),
+    ((3, 6, 2, 2), (1,)),
+    ((1, 9), (0,)),
+    ((4, 1), (1,)),
+]
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -63,7 +68,9 @@ def test_projection_is_the_definition(
     projected = run(weight, reference, radius, norm, row_dims)
     # The margin keeps it 1e-5 of the radius inside.
     expected = naive_projection(weight, reference, radius, norm, row_dims)
-    torch.testing.assert_close(projected.double(), expected, rtol=0, atol=2e-5 * radius + 1e-6 * (dtype == torch.float32))
+    torch.testing.assert_close(
+        projected.double(), expected, rtol=0, atol=2e-5 * radius + 1e-6 * (dtype == torch.float32)
+    )
     assert naive_distance(projected, reference, norm, row_dims) <= radius
     assert naive_distance(projected, reference, norm, row_dims) >= 0.9999 * radius
 

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import multiprocessing
 import random
+import shutil
 import signal
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainerControl, TrainerState
 from workers import resumable
+
+from hf_robust_ft import (
+    HessianRegularizedTrainer,
+    ReferenceMismatch,
+    RobustTrainingArguments,
+    layer_distances,
+)
+from hf_robust_ft.checkpoint import RECORD_FILE, STATE_FILE, last_complete_checkpoint
+from hf_robust_ft.reference import REFERENCE_FILE
+
+Weights = dict[str, Tensor]
+
+
+def _weights(model: torch.nn.Module) -> Weights:
+    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+
+
+def _different(got: Weights, expected: Weights) -> list[str]:
+    """Names of the weights that are not the same bit for bit."""
+    assert got.keys() <= expected.keys()
+    return [name for name in got if not torch.equal(got[name], expected[name])]
+
+
+# A run that is killed
 
 # Each start of a process costs what it trains, not the import of all libraries.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -19,11 +51,17 @@ PROCESSES.set_forkserver_preload(["hf_robust_ft", "transformers.models.bert.mode
 KILLS = 5
 
 
-def _start(folder: Path, accumulation: int) -> multiprocessing.process.BaseProcess:
+def _start(folder: Path, accumulation: int) -> BaseProcess:
     folder.mkdir(exist_ok=True)
     process = PROCESSES.Process(target=resumable.run, args=(folder, accumulation), daemon=True)
     process.start()
     return process
+
+
+def _finish(process: BaseProcess, folder: Path) -> Weights:
+    process.join()
+    assert process.exitcode == 0
+    return safetensors.torch.load_file(folder / resumable.FINAL_FILE)
 
 
 def _steps(folder: Path) -> int:
@@ -32,36 +70,286 @@ def _steps(folder: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _kill(process: multiprocessing.process.BaseProcess, folder: Path, moment: random.Random) -> None:
-    """SIGKILL after some more steps: in the next one, or while it is saving, which takes most of the time."""
+def _killed(process: BaseProcess, folder: Path, moment: random.Random) -> bool:
+    """SIGKILL after some more steps: in the next one, or while it is saving, which takes most of the time.
+
+    False if the process was faster, and has ended.
+    """
     last = _steps(folder) + moment.randint(1, 5)
     while process.is_alive() and _steps(folder) < last:
         time.sleep(0.001)
-    time.sleep(moment.uniform(0, 0.06))
+    time.sleep(moment.uniform(0, 0.05))
     process.kill()
     process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode in (-signal.SIGKILL, 0)
+    return process.exitcode != 0
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=lambda accumulation: f"accumulation {accumulation}")
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Weights]:
+    """Gradient accumulation, and the weights after a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    return request.param, _finish(_start(folder, request.param), folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_killed_run_ends_with_the_same_weights(tmp_path: Path, accumulation: int, seed: int) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = _start(whole, accumulation)
-    process.join()
-    assert process.exitcode == 0
-
+def test_a_killed_run_ends_with_the_same_weights(whole: tuple[int, Weights], tmp_path: Path, seed: int) -> None:
+    accumulation, expected = whole
     moment = random.Random(seed)
-    for _ in range(KILLS):
-        _kill(_start(killed, accumulation), killed, moment)
-    process = _start(killed, accumulation)
-    process.join()
-    assert process.exitcode == 0
-    # Steps since the last checkpoint were done again.
-    assert _steps(killed) > _steps(whole) == resumable.STEPS
+    kills = 0
+    while kills < KILLS and _killed(_start(tmp_path, accumulation), tmp_path, moment):
+        kills += 1
+    assert kills > 0
+    checkpoint, steps = last_complete_checkpoint(tmp_path), _steps(tmp_path)
+    assert _different(_finish(_start(tmp_path, accumulation), tmp_path), expected) == []
+    # It did go on from the checkpoint: a run from the start would end with the same weights, too.
+    saved = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+    assert _steps(tmp_path) - steps == resumable.STEPS - saved
 
-    expected = safetensors.torch.load_file(whole / resumable.FINAL_FILE)
-    got = safetensors.torch.load_file(killed / resumable.FINAL_FILE)
-    assert got.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
+
+# A run that is stopped after step 4 of 6
+
+
+class StepsBegun(TrainerCallback):
+    """The steps that a Trainer begins, counted from 0."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_step_begin(
+        self, args: RobustTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.steps.append(state.global_step)
+
+
+def _trainer(
+    folder: Path, model: torch.nn.Module | None = None, **settings: Any
+) -> tuple[HessianRegularizedTrainer, list[int]]:
+    """A Trainer of the model that all runs here start from, and the steps that it will have begun."""
+    callback = StepsBegun()
+    trainer = HessianRegularizedTrainer(
+        resumable.build() if model is None else model,
+        resumable.arguments(folder, **({"max_steps": 6} | settings)),
+        train_dataset=resumable.examples(),
+        callbacks=[callback],
+    )
+    return trainer, callback.steps
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Weights]:
+    """The folder of a run with checkpoints after steps 2, 4 and 6, and its final weights."""
+    folder = tmp_path_factory.mktemp("finished")
+    trainer, steps = _trainer(folder)
+    trainer.train()
+    assert steps == [0, 1, 2, 3, 4, 5]
+    assert any(row.active for row in trainer.constraint_table())
+    return folder, _weights(trainer.model)
+
+
+@pytest.fixture
+def stopped(finished: tuple[Path, Weights], tmp_path: Path) -> Path:
+    """A copy of that folder as it was after step 4."""
+    folder = shutil.copytree(finished[0], tmp_path / "stopped")
+    shutil.rmtree(folder / "checkpoint-6")
+    return folder
+
+
+@pytest.fixture
+def pretrained() -> Weights:
+    return _weights(resumable.build())
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _run_another(folder: Path) -> None:
+    trainer, _ = _trainer(folder, resumable.build(seed=1), max_steps=2)
+    trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(
+            lambda folder: (folder / REFERENCE_FILE).unlink(),
+            r"_reference\.safetensors are missing, and the distance of a layer can't be measured",
+            id="no reference",
+        ),
+        pytest.param(
+            _run_another,
+            "has SHA-256 .* around the reference .* another run has overwritten it",
+            id="reference of another run",
+        ),
+        pytest.param(
+            lambda folder: _cut(folder / REFERENCE_FILE),
+            r"_reference\.safetensors can't be read .*: restore it, or start a new run",
+            id="half a reference",
+        ),
+        pytest.param(
+            lambda folder: (folder / REFERENCE_FILE).write_bytes(b""),
+            r"_reference\.safetensors can't be read .*: restore it, or start a new run",
+            id="an empty reference",
+        ),
+        pytest.param(
+            lambda folder: (folder / "checkpoint-4" / RECORD_FILE).unlink(),
+            r"checkpoint-4/_constraints\.json is missing: .* Resume with layer_radius=None",
+            id="no record",
+        ),
+        pytest.param(
+            lambda folder: _cut(folder / "checkpoint-4" / RECORD_FILE),
+            r"checkpoint-4/_constraints\.json is damaged .*: resume from another checkpoint",
+            id="half a record",
+        ),
+        pytest.param(
+            lambda folder: (folder / "checkpoint-4" / RECORD_FILE).write_text("{}"),
+            r"checkpoint-4/_constraints\.json is damaged .*: resume from another checkpoint",
+            id="an empty record",
+        ),
+        pytest.param(
+            lambda folder: (folder / "checkpoint-4" / RECORD_FILE).write_bytes(b"\xff"),
+            r"checkpoint-4/_constraints\.json is damaged .*: resume from another checkpoint",
+            id="a record that is no text",
+        ),
+    ],
+)
+def test_without_its_reference_a_run_is_not_resumed(
+    stopped: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(stopped)
+    trainer, steps = _trainer(stopped)
+    with pytest.raises(ReferenceMismatch, match=message):
+        trainer.train(resume_from_checkpoint=True)
+    assert steps == []
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, HessianRegularizedTrainer], ids=["of Trainer", "without a radius"])
+def test_an_unconstrained_run_is_not_resumed_with_a_radius(tmp_path: Path, trainer_class: type[Trainer]) -> None:
+    """Where it started from, and so where the balls would have to be, was not kept."""
+    plain = resumable.arguments(tmp_path, layer_radius=None, max_steps=2)
+    trainer_class(resumable.build(), plain, train_dataset=resumable.examples()).train()
+    trainer, steps = _trainer(tmp_path)
+    with pytest.raises(ReferenceMismatch, match="trained without layer_radius, so its centres are not known"):
+        trainer.train(resume_from_checkpoint=True)
+    assert steps == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda state: state.unlink(), id="no state"),
+        pytest.param(_cut, id="half a state"),
+        pytest.param(lambda state: state.write_bytes(b""), id="an empty state"),
+    ],
+)
+def test_a_checkpoint_that_was_cut_off_is_passed_over(
+    finished: tuple[Path, Weights], stopped: Path, damage: Callable[[Path], object]
+) -> None:
+    damage(stopped / "checkpoint-4" / STATE_FILE)
+    trainer, steps = _trainer(stopped)
+    trainer.train(resume_from_checkpoint=True)
+    assert steps == [2, 3, 4, 5]
+    assert _different(_weights(trainer.model), finished[1]) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [
+        ({}, False),
+        ({"layer_radius": 2 * resumable.RADIUS}, True),
+        ({"layer_radius": {"*encoder*": resumable.RADIUS}}, True),
+        ({"radius_norm": "inf_op"}, True),
+    ],
+    ids=["the same", "wider", "fewer", "another norm"],
+)
+def test_other_radii_take_effect_with_a_warning(
+    stopped: Path,
+    pretrained: Weights,
+    caplog: pytest.LogCaptureFixture,
+    settings: dict[str, Any],
+    warns: bool,
+) -> None:
+    trainer, steps = _trainer(stopped, **settings)
+    radii = trainer.constraints.radii
+    with caplog.at_level(logging.WARNING, logger="hf_robust_ft"):
+        trainer.train(resume_from_checkpoint=True)
+    assert steps == [4, 5]
+    assert ("the radii differ from those of the checkpoint" in caplog.text) == warns
+    assert trainer.constraints.radii == radii
+    assert _different(trainer.constraints.reference, pretrained) == []
+    assert all(distance <= radii[name] for name, distance in trainer.constraints.distances().items())
+
+
+@pytest.mark.parametrize("built_from", ["base", "checkpoint"])
+def test_a_resumed_run_measures_from_the_pretrained_weights(
+    finished: tuple[Path, Weights], stopped: Path, pretrained: Weights, built_from: str
+) -> None:
+    """Also where the model was built from the checkpoint, so that the Trainer first sees other weights."""
+    model = None
+    if built_from == "checkpoint":
+        model = BertForSequenceClassification.from_pretrained(stopped / "checkpoint-4")
+    trainer, steps = _trainer(stopped, model)
+    trainer.train(resume_from_checkpoint=True)
+    assert steps == [4, 5]
+    assert _different(trainer.constraints.reference, pretrained) == []
+    assert _different(_weights(trainer.model), finished[1]) == []
+
+    table = {row.name: row.distance for row in trainer.constraint_table() if row.free is None}
+    assert table == pytest.approx(layer_distances(trainer.model, pretrained))
+    saved = safetensors.torch.load_file(stopped / "checkpoint-4" / "model.safetensors")
+    assert table != pytest.approx(layer_distances(trainer.model, saved), rel=0.1)
+
+
+def test_a_resumed_run_names_the_same_reference(stopped: Path) -> None:
+    """So its own checkpoints can be resumed in turn."""
+    records = []
+    trainer, _ = _trainer(stopped)
+    trainer.train(resume_from_checkpoint=True)
+    for step in (4, 6):
+        records.append(json.loads((stopped / f"checkpoint-{step}" / RECORD_FILE).read_text()))
+    assert records[0] == records[1]
+
+
+# A Trainer that trains twice
+
+
+def test_a_second_training_keeps_the_first_centres(tmp_path: Path, pretrained: Weights) -> None:
+    trainer, steps = _trainer(tmp_path, max_steps=3)
+    trainer.train()
+    after_first = _weights(trainer.model)
+    trainer.train()
+    assert steps == [0, 1, 2, 0, 1, 2]
+    assert set(trainer.constraints.reference) <= set(_different(_weights(trainer.model), after_first))
+    assert _different(trainer.constraints.reference, pretrained) == []
+
+
+def test_training_on_after_resuming_keeps_the_stored_centres(stopped: Path, pretrained: Weights) -> None:
+    trainer, _ = _trainer(stopped)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.train()
+    assert _different(trainer.constraints.reference, pretrained) == []
+
+
+def test_model_init_gives_each_training_its_own_centres(tmp_path: Path) -> None:
+    started: list[Weights] = []
+
+    def model_init() -> BertForSequenceClassification:
+        model = resumable.build(seed=len(started))
+        started.append(_weights(model))
+        return model
+
+    trainer = HessianRegularizedTrainer(
+        args=resumable.arguments(tmp_path, max_steps=3),
+        model_init=model_init,
+        train_dataset=resumable.examples(),
+    )
+    for _ in range(2):
+        trainer.train()
+        centres = trainer.constraints.reference
+        assert _different(centres, started[-1]) == []
+        # Every weight matrix was drawn anew.
+        assert set(_different(centres, started[-2])) == set(centres)
+        table = {row.name: row.distance for row in trainer.constraint_table() if row.free is None}
+        assert table == pytest.approx(layer_distances(trainer.model, started[-1]))

@@ -25,6 +25,7 @@ from hf_robust_ft import (
     pair_flip_transition,
     symmetric_transition,
 )
+from hf_robust_ft.features import make_constraints
 
 T = (0.7 * np.eye(3) + 0.3 * np.random.default_rng(0).dirichlet(np.ones(3), 3)).tolist()
 
@@ -191,7 +192,11 @@ def test_projection_comes_before_anything_looks_at_the_weights(tmp_path: Path) -
 def test_evaluation_reports_the_plain_and_the_corrected_loss(tmp_path: Path) -> None:
     data = tiny.texts(13)
     trainer = tiny.trainer(
-        tmp_path, noise_transition=T, eval_dataset=data, per_device_eval_batch_size=13, compute_metrics=accuracy
+        tmp_path,
+        noise_transition=T,
+        eval_dataset=data,
+        per_device_eval_batch_size=13,
+        compute_metrics=accuracy,
     )
     metrics = trainer.evaluate()
     with torch.no_grad():
@@ -402,7 +407,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"noise_transition": 1.5}, "noise rate is 1.5"),
     ({"noise_transition": symmetric_transition(4, 0.1)}, "is for 4 classes, but the model has 3"),
     ({"noise_transition": T, "label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no meaning"),
-    ({"noise_transition": T, "compute_loss_func": lambda *a, **k: None}, "compute_loss_func and loss_correction both"),
+    (
+        {"noise_transition": T, "compute_loss_func": lambda *a, **k: None},
+        "compute_loss_func and loss_correction both",
+    ),
     ({"noise_transition": T, "label_names": ["start", "end"]}, r"label_names is \['start', 'end'\]"),
     ({"layer_radius": -1}, "layer_radius is -1"),
     ({"layer_radius": {"nothing": 1}}, "pattern 'nothing' matches no layer"),
@@ -411,9 +419,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("settings", "message"), BAD, ids=[message for _, message in BAD])
-def test_settings_that_cannot_work_are_refused_at_once(
-    tmp_path: Path, settings: dict[str, Any], message: str
-) -> None:
+def test_settings_that_cannot_work_are_refused_at_once(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny.trainer(tmp_path, **settings)
 
@@ -482,7 +488,7 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
     trainer.is_deepspeed_enabled = True
     trainer.args.layer_radius = 0.1
     with pytest.raises(ValueError, match="layer_radius does not work with DeepSpeed yet"):
-        trainer._set_up_constraints()
+        trainer._hp_search_setup(None)
 
 
 def test_sharded_weights_are_refused(tmp_path: Path) -> None:
@@ -496,11 +502,9 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
         model = tiny.Mlp()
         mesh = init_device_mesh("cpu", (1,))
         model.fc1.weight = nn.Parameter(distribute_tensor(model.fc1.weight.detach(), mesh))
-        trainer = tiny.trainer(tmp_path, tiny.Mlp(), train_dataset=tiny.vectors())
-        trainer.model = model
-        trainer.args.layer_radius = 0.1
         with pytest.raises(ValueError, match="does not work with a model sharded at load time yet"):
-            trainer._set_up_constraints()
+            make_constraints(tiny.arguments(tmp_path, layer_radius=0.1), model)
+        assert not make_constraints(tiny.arguments(tmp_path), model)
     finally:
         dist.destroy_process_group()
 

@@ -42,7 +42,12 @@ def dinov2() -> transformers.PreTrainedModel:
 
 def resnet() -> transformers.PreTrainedModel:
     config = transformers.ResNetConfig(
-        num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 2], layer_type="basic", num_labels=CLASSES
+        num_channels=1,
+        embedding_size=4,
+        hidden_sizes=[4, 8],
+        depths=[1, 2],
+        layer_type="basic",
+        num_labels=CLASSES,
     )
     return transformers.ResNetForImageClassification(config)
 
@@ -149,7 +154,14 @@ def trainer(folder: Path | str, model: nn.Module | None = None, **changes: Any) 
     """A Trainer of a tiny BERT (or another model) on tiny texts; arguments by name, ``train_dataset`` too."""
     given = {
         name: changes.pop(name)
-        for name in ("train_dataset", "eval_dataset", "compute_metrics", "compute_loss_func", "callbacks", "model_init")
+        for name in (
+            "train_dataset",
+            "eval_dataset",
+            "compute_metrics",
+            "compute_loss_func",
+            "callbacks",
+            "model_init",
+        )
         if name in changes
     }
     if model is None and "model_init" not in given:

@@ -72,9 +72,7 @@ def examples(task: str, count: int) -> list[Example]:
         labels = torch.randint(CLASSES, (LENGTH,), generator=generator)
         labels[length:] = -100
         mask = (torch.arange(LENGTH) < length).long()
-        made.append(
-            {"input_ids": ids, "attention_mask": mask, "labels": labels if task == "token" else labels[0]}
-        )
+        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels if task == "token" else labels[0]})
     return made
 
 
@@ -175,9 +173,7 @@ def base(out: Path) -> None:
 def head(out: Path) -> dict[str, Any]:
     """Training with a new head under a radius; each process draws its own initial head."""
     torch.manual_seed(RANK)
-    model = BertForSequenceClassification.from_pretrained(
-        out / "base", num_labels=CLASSES, dtype=torch.float64
-    )
+    model = BertForSequenceClassification.from_pretrained(out / "base", num_labels=CLASSES, dtype=torch.float64)
     initial = model.classifier.weight.detach().clone()
     trainer = HessianRegularizedTrainer(
         model,

@@ -1,0 +1,140 @@
+"""From arguments and a model to the two features, the corrected loss and the constraints, or to a clear refusal."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .arguments import RobustTrainingArguments
+from .constraints import LayerConstraints
+from .corrected_loss import CorrectedLoss
+
+logger = logging.getLogger(__name__)
+
+# The variance of a backward-corrected loss grows with the square of this: at 10, a hundred noisy examples
+# say as much as one clean one.
+WARN_CONDITION_NUMBER = 10.0
+
+
+def make_corrected_loss(
+    args: TrainingArguments, model: nn.Module, label_names: list[str], user_loss: Callable[..., Any] | None
+) -> CorrectedLoss | None:
+    """The loss that the arguments ask for; None if it is the model's own (or the user's).
+
+    Raises:
+        ValueError: a correction without T, with another loss or label smoothing beside it, for several labels
+            or for a model that is no classifier; a T that :class:`CorrectedLoss` refuses.
+    """
+    transition, correction = _setting(args, "noise_transition"), _setting(args, "loss_correction")
+    if correction is None:
+        correction = "none" if transition is None else "forward"
+    if correction == "none":
+        return None
+    if transition is None:
+        raise ValueError(
+            f"loss_correction='{correction}' needs noise_transition: give a rate, a path or a matrix, or set "
+            "loss_correction='none'"
+        )
+    if user_loss is not None:
+        raise ValueError(
+            "compute_loss_func and loss_correction both define the loss; drop one of them "
+            "(forward_corrected and backward_corrected can be called from your own function)"
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} has no meaning beside loss_correction: "
+            "smoothing is itself a noise model. Set it to 0, or set loss_correction='none'"
+        )
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        raise ValueError(f"loss_correction is for one class a target, but the model's problem_type is '{problem}'")
+    if len(label_names) > 1:
+        raise ValueError(f"loss_correction needs one label, but label_names is {label_names}; name the one to correct")
+    loss_type = _loss_type(model)
+    loss = CorrectedLoss(
+        correction, transition, num_classes=_num_classes(model, loss_type), shift=loss_type == "ForCausalLM"
+    )
+    if correction == "backward" and loss.matrices is not None:
+        inverse = loss.matrices[1]
+        if inverse.condition_number > WARN_CONDITION_NUMBER:
+            logger.warning(
+                "backward correction amplifies a loss up to %.3g times (condition number of noise_transition %.3g): "
+                "expect noisy gradients; loss_correction='forward' is stable",
+                inverse.amplification,
+                inverse.condition_number,
+            )
+    return loss
+
+
+def make_constraints(
+    args: TrainingArguments,
+    model: nn.Module,
+    *,
+    sharded_by: str | None = None,
+    reference: Mapping[str, Tensor] | None = None,
+    capture_missing: bool = False,
+) -> LayerConstraints:
+    """The balls that the arguments ask for; none of them if ``layer_radius`` is None.
+
+    Args:
+        sharded_by: what splits the weights over processes, if something does.
+        reference, capture_missing: see :class:`LayerConstraints`.
+
+    Raises:
+        ValueError: sharded weights, or what :class:`LayerConstraints` refuses.
+    """
+    radius = _setting(args, "layer_radius")
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        sharded_by = "a model sharded at load time"
+    if radius is not None and sharded_by is not None:
+        raise ValueError(
+            f"layer_radius does not work with {sharded_by} yet, as no process holds a whole layer; "
+            "use DDP (accelerate launch or torchrun without it), or set layer_radius=None"
+        )
+    return LayerConstraints(
+        model,
+        radius,
+        norm=_setting(args, "radius_norm"),
+        mode=_setting(args, "radius_mode"),
+        growth=_setting(args, "radius_growth"),
+        reference=reference,
+        capture_missing=capture_missing,
+    )
+
+
+def requires_argument(model: nn.Module, argument: str) -> bool:
+    """Whether ``model.forward`` can't be called without this argument."""
+    parameter = inspect.signature(model.forward).parameters.get(argument)
+    return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
+def _setting(args: TrainingArguments, name: str) -> Any:
+    """A robust setting; plain ``TrainingArguments`` have the defaults, with every feature off."""
+    return getattr(args, name, getattr(RobustTrainingArguments, name))
+
+
+def _loss_type(model: nn.Module) -> str | None:
+    """transformers' name for the loss of a model, None for models from elsewhere."""
+    if hasattr(model, "peft_config"):
+        model = model.get_base_model()  # type: ignore[operator]
+    # GPT-2 and others that are not called …ForCausalLM carry no name, but have that loss.
+    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "ForCausalLM"
+    return getattr(model, "loss_type", None)
+
+
+def _num_classes(model: nn.Module, loss_type: str | None) -> int | None:
+    """K, for the transformers models whose config says it; the logits of others tell it at the first step."""
+    config: Any = getattr(model, "config", None)
+    if config is None or loss_type is None:
+        return None
+    if loss_type in ("ForCausalLM", "ForMaskedLM"):
+        return int(config.get_text_config().vocab_size)
+    return int(config.num_labels) if loss_type.endswith("Classification") else None

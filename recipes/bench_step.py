@@ -31,6 +31,8 @@ from transformers import (
 from hf_robust_ft import HessianRegularizedTrainer, RobustTrainingArguments, symmetric_transition
 
 CLASSES = 10
+# Below what one step of AdamW moves the smallest layer, so that every layer leaves its ball at every step.
+RADIUS = 0.003
 
 
 def main() -> None:
@@ -51,7 +53,7 @@ def main() -> None:
         RobustTrainingArguments,
         options,
         noise_transition=symmetric_transition(CLASSES, 0.4),
-        layer_radius=0.01,
+        layer_radius=RADIUS,
     )
     assert isinstance(robust, HessianRegularizedTrainer)
     batch = plain._prepare_inputs(batch)
@@ -133,8 +135,8 @@ def project_naively(model: torch.nn.Module, reference: dict[str, Any], names: li
         weight = model.get_parameter(name)
         difference = weight - reference[name]
         norm = difference.norm()
-        if norm > 0.009:
-            weight.copy_(reference[name] + difference * (0.009 / norm))
+        if norm > 0.9 * RADIUS:
+            weight.copy_(reference[name] + difference * (0.9 * RADIUS / norm))
     _wait()
     return time.perf_counter() - started
 

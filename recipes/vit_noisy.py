@@ -144,6 +144,9 @@ def load(recipe: RecipeArguments) -> DatasetDict:
         train, test = loaded[recipe.train_split], loaded[recipe.test_split]
     else:
         train, test = digits()
+    if not isinstance(train.features[recipe.image_column], Image):
+        # A column of file names, as a csv file has.
+        train, test = (part.cast_column(recipe.image_column, Image()) for part in (train, test))
     if not isinstance(train.features[recipe.label_column], ClassLabel):
         names = sorted({str(label) for label in train[recipe.label_column]})
         feature = ClassLabel(names=names)

@@ -4,7 +4,7 @@
 #     tests/lowest_versions.sh [ENVIRONMENT]
 #
 # ENVIRONMENT is where to make (or find again) the virtual environment; without it, one is made and removed.
-# The lowest torch comes with its CUDA libraries: about 3 GB to download, 7 GB on disk.
+# The lowest torch comes with its CUDA libraries: about 4 GB to download, 7 GB on disk.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
 from typing import Any
 
 import datasets
@@ -12,26 +12,33 @@ import pyarrow.compute as pc
 from .noise import IGNORE_INDEX, check_labels
 
 
-def check_dataset_labels(dataset: Any, columns: Sequence[str], num_classes: int) -> None:
+def check_dataset_labels(dataset: Any, collator: Any, label_name: str, num_classes: int) -> None:
     """Refuse a training set with labels that a corrected loss can't be trained on.
 
-    Only columns of a ``datasets.Dataset`` are read, without decoding anything else. Other kinds of data
-    sets, and labels that the collator makes, are checked batch by batch by the loss.
+    Reads the label column of a ``datasets.Dataset`` without decoding anything else. Where a transform or a
+    collator of the user's own may still change the labels, and for other kinds of data sets, nothing is
+    read here: the loss checks every batch.
 
     Args:
         dataset: what the Trainer was given.
-        columns: names that the label column may have; the first that exists is read.
+        collator: likewise.
+        label_name: what the collated batch calls the labels.
         num_classes: K.
 
     Raises:
         ValueError: a label outside 0..K-1 other than -100, or labels that are no integers.
     """
-    if not isinstance(dataset, datasets.Dataset):
+    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
         return
+    kind = collator if inspect.isroutine(collator) else type(collator)
+    if not kind.__module__.startswith("transformers."):
+        return
+    # The collators of transformers rename these two.
+    columns = [label_name, *(("label", "label_ids") if label_name == "labels" else ())]
     column = next((name for name in columns if name in dataset.column_names), None)
     if column is None:
         return
-    # Arrow format: applies a selection of rows, but no transform, and decodes no images.
+    # Arrow format: applies a selection of rows and decodes no images.
     values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
     while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
         values = pc.list_flatten(values)

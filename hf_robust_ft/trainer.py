@@ -58,6 +58,7 @@ class HessianRegularizedTrainer(Trainer):
     def _set_up(self) -> None:
         self._user_loss = self.compute_loss_func
         self._evaluated: list[Tensor] | None = None
+        self._saved_reference: tuple[Path, LayerConstraints] | None = None
         self._set_up_correction()
         self._constrained_model = self._model
         self._projection = ProjectionCallback(
@@ -87,8 +88,8 @@ class HessianRegularizedTrainer(Trainer):
         self._set_up_correction()
         self._set_up_constraints()
         if self._corrected is not None and self._corrected.matrices is not None:
-            columns = ["label", "label_ids", "labels", *self.label_names]
-            check_dataset_labels(self.train_dataset, columns, len(self._corrected.matrices[0]))
+            classes = len(self._corrected.matrices[0])
+            check_dataset_labels(self.train_dataset, self.data_collator, self.label_names[0], classes)
 
     def _set_up_correction(self) -> None:
         self._corrected = make_corrected_loss(self.args, self._model, self.label_names, self._user_loss)
@@ -225,12 +226,13 @@ class HessianRegularizedTrainer(Trainer):
         if self.constraints and self.args.should_save:
             # First the reference, then the record that names it, then the checkpoint, whose
             # trainer_state.json comes last: whatever is complete can be resumed.
-            run = Path(self._get_output_dir(trial))
-            reference = self.constraints.reference
-            save_reference(reference, run)
-            ConstraintRecord(reference_digest(reference), self.constraints.norm, self.constraints.radii).save(
-                run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            )
+            run, constraints = Path(self._get_output_dir(trial)), self.constraints
+            if self._saved_reference != (run, constraints):
+                save_reference(constraints.reference, run)
+                self._saved_reference = (run, constraints)
+                self._reference_digest = reference_digest(constraints.reference)
+            record = ConstraintRecord(self._reference_digest, constraints.norm, constraints.radii)
+            record.save(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
 

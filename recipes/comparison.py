@@ -100,6 +100,8 @@ def plot(runs: list[Run], path: Path) -> None:
     left.legend(frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    right.set_ylim(bottom=0)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

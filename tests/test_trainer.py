@@ -461,6 +461,27 @@ def test_labels_that_cannot_be_trained_on_are_refused_before_the_first_step(
         assert torch.equal(parameter, before[name])
 
 
+def test_labels_that_a_transform_or_a_collator_still_changes_are_left_to_the_loss(tmp_path: Path) -> None:
+    # Raw labels 10, 11, 12: out of range until they are shifted.
+    raw = tiny.vectors().map(lambda row: {"label": row["label"] + 10})
+
+    def shift(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"x": torch.tensor(batch["x"]), "labels": [label - 10 for label in batch["label"]]}
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"x": torch.tensor([r["x"] for r in rows]), "labels": torch.tensor([r["label"] - 10 for r in rows])}
+
+    transformed = raw.with_transform(shift)
+    settings: dict[str, Any] = {"noise_transition": T, "remove_unused_columns": False}
+    trainer = tiny.trainer(tmp_path, tiny.Mlp(), train_dataset=transformed, **settings)
+    trainer.train()
+    trainer = tiny.trainer(tmp_path, tiny.Mlp(), train_dataset=raw, **settings)
+    trainer.data_collator = collate
+    trainer.train()
+    with pytest.raises(ValueError, match=r"label 10 lies outside 0\.\.2 \(3 such labels\)"):
+        tiny.trainer(tmp_path, tiny.Mlp(), train_dataset=raw, **settings).train()
+
+
 def test_ignored_labels_are_no_mistake(tmp_path: Path) -> None:
     data = tiny.texts().map(lambda row, i: {"label": -100 if i % 4 == 0 else row["label"]}, with_indices=True)
     data = data.cast_column("label", Value("int64"))

@@ -12,7 +12,10 @@ from transformers import BertConfig, BertForSequenceClassification, TrainerCallb
 from hf_robust_ft import HessianRegularizedTrainer, RobustTrainingArguments
 from hf_robust_ft.checkpoint import last_complete_checkpoint
 
-STEPS, RADIUS = 30, 0.02
+RADIUS = 0.02
+# Three and six epochs, by gradient accumulation. Whole ones: the Trainer resumes a finished run with one step
+# more where max_steps ends within an epoch.
+STEPS = {1: 3 * 11, 2: 6 * 6}
 PROGRESS_FILE, FINAL_FILE = "progress", "final.safetensors"
 
 
@@ -48,7 +51,6 @@ def arguments(folder: Path, **settings: Any) -> RobustTrainingArguments:
     defaults = {
         "noise_transition": 0.3,
         "layer_radius": RADIUS,
-        "max_steps": STEPS,
         "save_steps": 2,
         "learning_rate": 0.01,
         "per_device_train_batch_size": 4,
@@ -75,7 +77,7 @@ def run(folder: Path, accumulation: int) -> None:
     torch.set_num_threads(1)
     trainer = HessianRegularizedTrainer(
         build(),
-        arguments(folder, gradient_accumulation_steps=accumulation),
+        arguments(folder, max_steps=STEPS[accumulation], gradient_accumulation_steps=accumulation),
         train_dataset=examples(),
         callbacks=[Progress(folder / PROGRESS_FILE)],
     )

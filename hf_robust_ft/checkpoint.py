@@ -44,14 +44,18 @@ class ConstraintRecord:
         """
         path = Path(checkpoint) / RECORD_FILE
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            record = cls(**json.loads(path.read_text(encoding="utf-8")))
+            radii = record.radii.values()
+            if not isinstance(record.reference_sha256, str) or not all(isinstance(r, float) for r in radii):
+                raise TypeError("a value has the wrong type")
         except FileNotFoundError:
             raise ReferenceMismatch(
                 f"{path} is missing: this checkpoint was trained without layer_radius, so its centres are not known. "
                 "Resume with layer_radius=None, or start a new run from the pretrained weights"
             ) from None
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise ReferenceMismatch(f"{path} is damaged ({error}): resume from another checkpoint") from None
+        return record
 
 
 def last_complete_checkpoint(run_folder: str | Path) -> str | None:

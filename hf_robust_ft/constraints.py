@@ -6,7 +6,7 @@ Source: equation 7 and algorithm 1 of Ju, Li & Zhang 2022; Li & Zhang 2021; Gouk
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -90,6 +90,8 @@ class LayerConstraints:
         growth: γ of the depth schedule ``α_i = α γ^depth``.
         reference: centres by parameter name, as stored by an earlier run; by default the present weights.
         capture_missing: whether a layer that the reference lacks is centred on its present weights, too.
+        only: names of the layers that a number holds for, as a resumed run found them; by default all that are
+            not freshly initialised. (A model built from a checkpoint no longer tells which those were.)
 
     Raises:
         ValueError: a negative or NaN radius, a pattern without a match, a growth that is not positive, a
@@ -107,6 +109,7 @@ class LayerConstraints:
         growth: float = 1.0,
         reference: Mapping[str, Tensor] | None = None,
         capture_missing: bool = False,
+        only: Collection[str] | None = None,
     ) -> None:
         if not (math.isfinite(growth) and growth > 0):
             raise ValueError(f"radius_growth is {growth}; it is a positive factor from one depth to the next")
@@ -114,7 +117,7 @@ class LayerConstraints:
         layers, self._others = find_layers(model)
         self._free: list[tuple[Layer, str]] = []
         constrained: list[tuple[Layer, float]] = []
-        for layer, (value, free) in zip(layers, _assign(layers, radius, self._others), strict=True):
+        for layer, (value, free) in zip(layers, _assign(layers, radius, self._others, only), strict=True):
             if free is None:
                 constrained.append((layer, value))
             else:
@@ -202,7 +205,9 @@ def _ball(layer: Layer, radius: float, norm: Norm, mode: str, reference: Mapping
     return Ball(layer, centre, centre_norm, radius)
 
 
-def _assign(layers: Sequence[Layer], radius: Radius, others: Sequence[NotALayer]) -> list[tuple[float, str | None]]:
+def _assign(
+    layers: Sequence[Layer], radius: Radius, others: Sequence[NotALayer], only: Collection[str] | None
+) -> list[tuple[float, str | None]]:
     """For each layer its radius before schedule and scaling, and why it is free (None if it is not)."""
     if radius is None:
         return [(math.inf, "layer_radius is None")] * len(layers)
@@ -210,9 +215,7 @@ def _assign(layers: Sequence[Layer], radius: Radius, others: Sequence[NotALayer]
         value = _checked(radius, "layer_radius")
         if not layers:
             raise ValueError("layer_radius is set, but the model has no trained weight matrix to constrain")
-        free = "layer_radius is infinite" if math.isinf(value) else None
-        fresh = "freshly initialised, and layer_radius names no radius for it"
-        return [(value, fresh if layer.fresh else free) for layer in layers]
+        return [(value, _why_free(layer, value, only)) for layer in layers]
     for pattern in radius:
         if not any(_matches(layer, pattern) for layer in layers):
             raise ValueError(_no_match(pattern, layers, others))
@@ -226,6 +229,15 @@ def _assign(layers: Sequence[Layer], radius: Radius, others: Sequence[NotALayer]
         value = math.inf if chosen is None else _checked(chosen, f"layer_radius['{first}']")
         given.append((value, f"freed by the pattern '{first}'" if math.isinf(value) else None))
     return given
+
+
+def _why_free(layer: Layer, radius: float, only: Collection[str] | None) -> str | None:
+    """Why a layer is free although one radius is given for all."""
+    if math.isinf(radius):
+        return "layer_radius is infinite"
+    if only is not None:
+        return None if layer.name in only else "free in the run that was resumed"
+    return "freshly initialised, and layer_radius names no radius for it" if layer.fresh else None
 
 
 def _checked(radius: float, argument: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,12 +80,13 @@ def make_constraints(
     sharded_by: str | None = None,
     reference: Mapping[str, Tensor] | None = None,
     capture_missing: bool = False,
+    only: Collection[str] | None = None,
 ) -> LayerConstraints:
     """The balls that the arguments ask for; none of them if ``layer_radius`` is None.
 
     Args:
         sharded_by: what splits the weights over processes, if something does.
-        reference, capture_missing: see :class:`LayerConstraints`.
+        reference, capture_missing, only: see :class:`LayerConstraints`.
 
     Raises:
         ValueError: sharded weights, or what :class:`LayerConstraints` refuses.
@@ -106,6 +107,7 @@ def make_constraints(
         growth=_setting(args, "radius_growth"),
         reference=reference,
         capture_missing=capture_missing,
+        only=only,
     )
 
 

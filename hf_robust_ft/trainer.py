@@ -209,7 +209,12 @@ class HessianRegularizedTrainer(Trainer):
     ) -> TrainOutput:
         """As ``Trainer.train``; ``resume_from_checkpoint=True`` passes over checkpoints that were cut off."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir)) or True
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"No valid checkpoint found in output directory ({self.args.output_dir}): there is none, or each "
+                    "was cut off while being written. Start anew with resume_from_checkpoint=None"
+                )
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -218,7 +223,7 @@ class HessianRegularizedTrainer(Trainer):
             return
         record = ConstraintRecord.load(resume_from_checkpoint)
         reference = load_reference(Path(resume_from_checkpoint).parent, record.reference_sha256)
-        self._projection.constraints = make_constraints(self.args, self._model, reference=reference)
+        self._projection.constraints = make_constraints(self.args, self._model, reference=reference, only=record.radii)
         if record.radius_norm != self.constraints.norm or record.radii != self.constraints.radii:
             logger.warning("the radii differ from those of the checkpoint; training goes on with the new ones")
 

@@ -209,6 +209,13 @@ def _run_another(folder: Path) -> None:
             id="an empty record",
         ),
         pytest.param(
+            lambda folder: (folder / "checkpoint-4" / RECORD_FILE).write_text(
+                '{"reference_sha256": 5, "radius_norm": "frobenius", "radii": {}}'
+            ),
+            r"checkpoint-4/_constraints\.json is damaged .*: resume from another checkpoint",
+            id="a record with a number for a digest",
+        ),
+        pytest.param(
             lambda folder: (folder / "checkpoint-4" / RECORD_FILE).write_bytes(b"\xff"),
             r"checkpoint-4/_constraints\.json is damaged .*: resume from another checkpoint",
             id="a record that is no text",
@@ -300,6 +307,35 @@ def test_a_resumed_run_measures_from_the_pretrained_weights(
     assert table == pytest.approx(layer_distances(trainer.model, pretrained))
     saved = safetensors.torch.load_file(stopped / "checkpoint-4" / "model.safetensors")
     assert table != pytest.approx(layer_distances(trainer.model, saved), rel=0.1)
+
+
+def test_a_head_that_was_fresh_stays_free_where_the_model_is_built_from_the_checkpoint(tmp_path: Path) -> None:
+    resumable.build().bert.save_pretrained(tmp_path / "base")
+    fresh = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    trainer, _ = _trainer(tmp_path / "run", fresh)
+    trainer.train()
+    radii = trainer.constraints.radii
+    assert "classifier.weight" not in radii
+
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    filled = BertForSequenceClassification.from_pretrained(tmp_path / "run" / "checkpoint-4")
+    resumed, steps = _trainer(tmp_path / "run", filled)
+    resumed.train(resume_from_checkpoint=True)
+    assert steps == [4, 5]
+    assert resumed.constraints.radii == radii
+    assert _different(_weights(resumed.model), _weights(trainer.model)) == []
+    (row,) = (row for row in resumed.constraint_table() if row.name == "classifier.weight")
+    assert row.free == "free in the run that was resumed"
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_without_a_complete_checkpoint_there_is_nothing_to_resume(tmp_path: Path, cut_off: bool) -> None:
+    if cut_off:
+        (tmp_path / "checkpoint-2").mkdir()
+    trainer, steps = _trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"No valid checkpoint found .* Start anew with resume_from_checkpoint=None"):
+        trainer.train(resume_from_checkpoint=True)
+    assert steps == []
 
 
 def test_a_resumed_run_names_the_same_reference(stopped: Path) -> None:

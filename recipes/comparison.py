@@ -106,19 +106,22 @@ def plot(runs: list[Run], path: Path) -> None:
     pyplot.close(figure)
 
 
-def report(runs: list[Run], settings: dict[str, object], folder: Path) -> None:
-    """Print the tables, and write results.json and curves.png."""
+def save(runs: list[Run], settings: dict[str, object], folder: Path) -> None:
+    """Write results.json: the command, settings, versions, machine and every run."""
     folder.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("hf-robust-ft", "torch", "transformers", "accelerate", "datasets")}
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {_device()}"
     content = {
         "command": " ".join(sys.argv),
         "settings": settings,
         "versions": versions | {"python": platform.python_version()},
-        "machine": machine,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {_device()}",
         "runs": [asdict(run) for run in runs],
     }
     (folder / "results.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def report(runs: list[Run], folder: Path) -> None:
+    """Print the tables and draw curves.png."""
     plot(runs, folder / "curves.png")
     print(f"\n{accuracy_table(runs)}\n\nMean distance from the pretrained weights, by block:\n\n{distance_table(runs)}")
     print(f"\nWritten to {folder}: results.json, curves.png")

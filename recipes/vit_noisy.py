@@ -24,7 +24,7 @@ from typing import Any
 
 import evaluate
 import numpy as np
-from comparison import Run, report
+from comparison import Run, report, save
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from transformers import (
     AutoImageProcessor,
@@ -53,6 +53,19 @@ METHODS = {
     "projection": {"loss_correction": "none"},
     "robust": {},
 }
+
+REPORTED = (
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "noise_transition",
+    "layer_radius",
+    "radius_norm",
+    "radius_mode",
+    "radius_growth",
+    "world_size",
+)
 
 
 @dataclass
@@ -109,23 +122,15 @@ def main() -> None:
     )
     recipe, arguments = parser.parse_args_into_dataclasses()
     data = load(recipe)
-    runs = [train(method, seed, recipe, arguments, data) for seed in recipe.seeds for method in recipe.methods]
+    settings = asdict(recipe) | {name: getattr(arguments, name) for name in REPORTED}
+    runs: list[Run] = []
+    for seed in recipe.seeds:
+        for method in recipe.methods:
+            runs.append(train(method, seed, recipe, arguments, data))
+            if arguments.process_index == 0:
+                save(runs, settings, Path(arguments.output_dir))  # each time: nothing that was computed is lost
     if arguments.process_index == 0:
-        settings = asdict(recipe) | {
-            name: getattr(arguments, name)
-            for name in (
-                "num_train_epochs",
-                "per_device_train_batch_size",
-                "gradient_accumulation_steps",
-                "learning_rate",
-                "noise_transition",
-                "layer_radius",
-                "radius_norm",
-                "radius_mode",
-                "radius_growth",
-            )
-        }
-        report(runs, settings, Path(arguments.output_dir))
+        report(runs, Path(arguments.output_dir))
 
 
 def load(recipe: RecipeArguments) -> DatasetDict:

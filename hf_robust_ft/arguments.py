@@ -113,7 +113,9 @@ def _plain_radius(value: Any) -> float | dict[str, float | None] | None:
 
 
 def _number(value: Any) -> Any:
-    """A string that spells a number, such as ``0.4`` or ``inf`` from a command line, as that number."""
+    """A string that spells a number, such as ``0.4`` or ``inf`` from a command line, or numpy's, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, str):
         try:
             return float(value)

@@ -23,6 +23,8 @@ class ConstraintRecord:
     reference_sha256: str
     radius_norm: str
     radii: dict[str, float]
+    fresh: list[str]
+    """Names of the layers that had no pretrained weights."""
 
     def save(self, checkpoint: str | Path) -> None:
         """Write ``_constraints.json``; a reader never sees half of it."""
@@ -45,8 +47,8 @@ class ConstraintRecord:
         path = Path(checkpoint) / RECORD_FILE
         try:
             record = cls(**json.loads(path.read_text(encoding="utf-8")))
-            radii = record.radii.values()
-            if not isinstance(record.reference_sha256, str) or not all(isinstance(r, float) for r in radii):
+            strings, numbers = [record.reference_sha256, *record.fresh], record.radii.values()
+            if not all(isinstance(s, str) for s in strings) or not all(isinstance(n, float) for n in numbers):
                 raise TypeError("a value has the wrong type")
         except FileNotFoundError:
             raise ReferenceMismatch(

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Literal
 
 from torch import Tensor, nn
@@ -90,8 +91,8 @@ class LayerConstraints:
         growth: γ of the depth schedule ``α_i = α γ^depth``.
         reference: centres by parameter name, as stored by an earlier run; by default the present weights.
         capture_missing: whether a layer that the reference lacks is centred on its present weights, too.
-        only: names of the layers that a number holds for, as a resumed run found them; by default all that are
-            not freshly initialised. (A model built from a checkpoint no longer tells which those were.)
+        fresh: names of the freshly initialised layers, as an earlier run found them: a model built from a
+            checkpoint no longer tells. By default those that :func:`find_layers` names.
 
     Raises:
         ValueError: a negative or NaN radius, a pattern without a match, a growth that is not positive, a
@@ -109,15 +110,23 @@ class LayerConstraints:
         growth: float = 1.0,
         reference: Mapping[str, Tensor] | None = None,
         capture_missing: bool = False,
-        only: Collection[str] | None = None,
+        fresh: Collection[str] | None = None,
     ) -> None:
         if not (math.isfinite(growth) and growth > 0):
             raise ValueError(f"radius_growth is {growth}; it is a positive factor from one depth to the next")
+        if norm not in ("frobenius", "inf_op"):
+            raise ValueError(f"radius_norm is {norm!r}; choose 'frobenius' or 'inf_op'")
+        if mode not in ("absolute", "relative"):
+            raise ValueError(f"radius_mode is {mode!r}; choose 'absolute' or 'relative'")
         self.norm: Norm = norm
         layers, self._others = find_layers(model)
+        if fresh is not None:
+            layers = [replace(layer, fresh=layer.name in fresh) for layer in layers]
+        self.fresh = [layer.name for layer in layers if layer.fresh]
+        """Names of the freshly initialised layers, whether they are constrained or not."""
         self._free: list[tuple[Layer, str]] = []
         constrained: list[tuple[Layer, float]] = []
-        for layer, (value, free) in zip(layers, _assign(layers, radius, self._others, only), strict=True):
+        for layer, (value, free) in zip(layers, _assign(layers, radius, self._others), strict=True):
             if free is None:
                 constrained.append((layer, value))
             else:
@@ -205,9 +214,7 @@ def _ball(layer: Layer, radius: float, norm: Norm, mode: str, reference: Mapping
     return Ball(layer, centre, centre_norm, radius)
 
 
-def _assign(
-    layers: Sequence[Layer], radius: Radius, others: Sequence[NotALayer], only: Collection[str] | None
-) -> list[tuple[float, str | None]]:
+def _assign(layers: Sequence[Layer], radius: Radius, others: Sequence[NotALayer]) -> list[tuple[float, str | None]]:
     """For each layer its radius before schedule and scaling, and why it is free (None if it is not)."""
     if radius is None:
         return [(math.inf, "layer_radius is None")] * len(layers)
@@ -215,7 +222,9 @@ def _assign(
         value = _checked(radius, "layer_radius")
         if not layers:
             raise ValueError("layer_radius is set, but the model has no trained weight matrix to constrain")
-        return [(value, _why_free(layer, value, only)) for layer in layers]
+        free = "layer_radius is infinite" if math.isinf(value) else None
+        fresh = "freshly initialised, and layer_radius names no radius for it"
+        return [(value, fresh if layer.fresh else free) for layer in layers]
     for pattern in radius:
         if not any(_matches(layer, pattern) for layer in layers):
             raise ValueError(_no_match(pattern, layers, others))
@@ -231,17 +240,8 @@ def _assign(
     return given
 
 
-def _why_free(layer: Layer, radius: float, only: Collection[str] | None) -> str | None:
-    """Why a layer is free although one radius is given for all."""
-    if math.isinf(radius):
-        return "layer_radius is infinite"
-    if only is not None:
-        return None if layer.name in only else "free in the run that was resumed"
-    return "freshly initialised, and layer_radius names no radius for it" if layer.fresh else None
-
-
 def _checked(radius: float, argument: str) -> float:
-    if isinstance(radius, bool) or not isinstance(radius, (int, float)) or math.isnan(radius) or radius < 0:
+    if isinstance(radius, bool) or not isinstance(radius, Real) or not radius >= 0:
         raise ValueError(f"{argument} is {radius!r}; a radius is a number >= 0, or null or infinity for free")
     return float(radius)
 

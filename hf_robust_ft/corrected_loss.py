@@ -44,6 +44,8 @@ class CorrectedLoss:
         num_classes: int | None = None,
         shift: bool = False,
     ) -> None:
+        if correction not in ("forward", "backward"):
+            raise ValueError(f"loss_correction is {correction!r}; choose 'forward', 'backward' or 'none'")
         self.correction = correction
         self.shift = shift
         self.matrices: tuple[Matrix, InverseTransition] | None = None
@@ -131,9 +133,10 @@ def find_logits(outputs: Any) -> Tensor:
     """
     if isinstance(outputs, Tensor):
         return outputs
+    named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if isinstance(named, Tensor):
+        return named
     if isinstance(outputs, Mapping):
-        if isinstance(logits := outputs.get("logits"), Tensor):
-            return logits
         tensors = [v for k, v in outputs.items() if isinstance(v, Tensor) and v.dim() > 0 and k != "loss"]
         if len(tensors) == 1:
             return tensors[0]

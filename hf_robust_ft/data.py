@@ -40,12 +40,14 @@ def check_dataset_labels(dataset: Any, collator: Any, label_name: str, num_class
         return
     # Arrow format: applies a selection of rows and decodes no images.
     values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
-    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+    while hasattr(values.type, "value_type"):  # lists of any kind, in lists
         values = pc.list_flatten(values)
-    labels = pc.unique(values).drop_null().to_numpy(zero_copy_only=False)
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.int8())
     if not pa.types.is_integer(values.type):
         raise ValueError(
             f"column '{column}' of train_dataset holds {values.type}; a corrected loss is for class indices, not for "
             "regression, soft or multi-label targets"
         )
+    labels = pc.unique(values).drop_null().to_numpy(zero_copy_only=False)
     check_labels(labels[labels != IGNORE_INDEX], num_classes)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .arguments import RobustTrainingArguments
@@ -54,7 +55,10 @@ def make_corrected_loss(
         )
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     if problem in ("regression", "multi_label_classification"):
-        raise ValueError(f"loss_correction is for one class a target, but the model's problem_type is '{problem}'")
+        raise ValueError(
+            f"loss_correction is for one class a target, but the model's problem_type is '{problem}'; "
+            "set loss_correction='none'"
+        )
     if len(label_names) > 1:
         raise ValueError(f"loss_correction needs one label, but label_names is {label_names}; name the one to correct")
     loss_type = _loss_type(model)
@@ -80,13 +84,13 @@ def make_constraints(
     sharded_by: str | None = None,
     reference: Mapping[str, Tensor] | None = None,
     capture_missing: bool = False,
-    only: Collection[str] | None = None,
+    fresh: Collection[str] | None = None,
 ) -> LayerConstraints:
     """The balls that the arguments ask for; none of them if ``layer_radius`` is None.
 
     Args:
         sharded_by: what splits the weights over processes, if something does.
-        reference, capture_missing, only: see :class:`LayerConstraints`.
+        reference, capture_missing, fresh: see :class:`LayerConstraints`.
 
     Raises:
         ValueError: sharded weights, or what :class:`LayerConstraints` refuses.
@@ -107,7 +111,7 @@ def make_constraints(
         growth=_setting(args, "radius_growth"),
         reference=reference,
         capture_missing=capture_missing,
-        only=only,
+        fresh=fresh,
     )
 
 
@@ -123,13 +127,22 @@ def _setting(args: TrainingArguments, name: str) -> Any:
 
 
 def _loss_type(model: nn.Module) -> str | None:
-    """transformers' name for the loss of a model, None for models from elsewhere."""
+    """transformers' name for the loss of a model; None for models from elsewhere."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile
     if hasattr(model, "peft_config"):
         model = model.get_base_model()  # type: ignore[operator]
-    # GPT-2 and others that are not called …ForCausalLM carry no name, but have that loss.
-    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        return "ForCausalLM"
-    return getattr(model, "loss_type", None)
+    names = [kind.__name__ for kind in type(model).__mro__]
+    # A model names its loss after its class, and then a user's subclass, or GPT2LMHeadModel, has no name for it.
+    found = getattr(model, "loss_type", None)
+    if found is None:
+        found = next((known for name in names for known in LOSS_MAPPING if known in name), None)
+    causal = LOSS_MAPPING.get(found or "") is ForCausalLMLoss or any(
+        name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in names
+    )
+    if causal:
+        # The targets of an encoder-decoder are not shifted against its logits.
+        return None if getattr(model.config, "is_encoder_decoder", False) else "ForCausalLM"
+    return found
 
 
 def _num_classes(model: nn.Module, loss_type: str | None) -> int | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
@@ -29,7 +30,8 @@ class Layer:
     depth: int
     """0 for the first block of the model, 1 for the next, …; a transformer block is one block."""
     fresh: bool
-    """Whether ``from_pretrained`` found no weights for it: a new head."""
+    """Whether it is a new head: ``from_pretrained`` found no weights for it, or, for a model that does not
+    tell (a deep copy), it lies outside the base model. Models from elsewhere have no fresh layers."""
     tied: tuple[str, ...] = ()
     """Other names of the same parameter."""
 
@@ -60,16 +62,14 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], list[NotALayer]]:
 
     Returns:
         Layers and the others, each in the order of ``model.named_parameters()``. Running statistics of
-        batch norm in trained modules are among the others.
+        batch norm are among the others.
     """
     modules = dict(model.named_modules())
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             names.setdefault(parameter, []).append(name)
-    # transformers marks each parameter that a checkpoint filled; a model without marks was not loaded
-    # by from_pretrained, and then nothing is known to be fresh.
-    loaded = {parameter for parameter in names if getattr(parameter, "_is_hf_initialized", False)}
+    pretrained = _pretrained(model)
     blocks: dict[str, int] = {}
     layers: list[Layer] = []
     others: list[NotALayer] = []
@@ -86,12 +86,22 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], list[NotALayer]]:
                 kind=type(module).__name__,
                 row_dims=_row_dims(parameter, module),
                 depth=blocks.setdefault(_block(name, modules), len(blocks)),
-                fresh=bool(loaded) and parameter not in loaded,
+                fresh=parameter not in pretrained,
                 tied=tuple(tied),
             )
         )
     others.extend(_batch_norm_statistics(modules))
     return layers, others
+
+
+def _pretrained(model: nn.Module) -> set[nn.Parameter]:
+    parameters = set(model.parameters())
+    if not isinstance(model, PreTrainedModel):
+        return parameters
+    # transformers marks each parameter that a checkpoint filled. copy.deepcopy and torch.load lose the marks:
+    # then a head is better left free than held at random weights.
+    marked = {parameter for parameter in parameters if getattr(parameter, "_is_hf_initialized", False)}
+    return marked or set(model.base_model.parameters())
 
 
 def _why_no_layer(name: str, parameter: nn.Parameter, module: nn.Module) -> str | None:
@@ -100,13 +110,15 @@ def _why_no_layer(name: str, parameter: nn.Parameter, module: nn.Module) -> str 
         return "part of a re-parametrized weight (such as weight norm)"
     if "bias" in short:
         return "bias"
+    if "norm" in type(module).__name__.lower():
+        return "norm"
     if parameter.dim() < 2:
-        return "norm" if "norm" in type(module).__name__.lower() else "scale or vector, not a matrix"
+        return "scale or vector, not a matrix"
     if isinstance(module, (nn.Linear, Conv1D, _ConvNd, nn.Embedding, nn.EmbeddingBag, nn.Bilinear)):
         return None
-    # A leading 1 is the batch dimension of something added to every example.
+    # A leading 1 is the batch dimension of something that is the same for every example.
     if parameter.shape[0] == 1:
-        return "token or position table that is added, not multiplied"
+        return "token, position table or scale, not a matrix"
     return None
 
 

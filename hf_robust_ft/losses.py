@@ -25,7 +25,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     log_p = _log_softmax(logits)
     targets, kept = _targets(labels)
-    return -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1) * kept
+    return _only(kept, -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
 
 
 def forward_corrected(logits: Tensor, labels: Tensor, transition: Tensor) -> Tensor:
@@ -46,8 +46,7 @@ def forward_corrected(logits: Tensor, labels: Tensor, transition: Tensor) -> Ten
     targets, kept = _targets(labels)
     # log T[:, ỹ] has -inf where T is 0; logsumexp gives those terms no weight and no gradient.
     columns = transition.to(log_p).t()[targets].log()
-    losses = -torch.logsumexp(log_p + columns, dim=-1)
-    return torch.where(kept, losses, losses.new_zeros(()))
+    return _only(kept, -torch.logsumexp(log_p + columns, dim=-1))
 
 
 def backward_corrected(logits: Tensor, labels: Tensor, inverse: Tensor) -> Tensor:
@@ -66,7 +65,7 @@ def backward_corrected(logits: Tensor, labels: Tensor, inverse: Tensor) -> Tenso
     """
     log_p = _log_softmax(logits)
     targets, kept = _targets(labels)
-    return -(inverse.to(log_p)[targets] * log_p).sum(-1) * kept
+    return _only(kept, -(inverse.to(log_p)[targets] * log_p).sum(-1))
 
 
 def reduce_loss(losses: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
@@ -84,7 +83,9 @@ def reduce_loss(losses: Tensor, labels: Tensor, num_items_in_batch: Tensor | int
     if num_items_in_batch is None:
         num_items_in_batch = (labels != IGNORE_INDEX).sum().clamp(min=1)
     elif isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(losses.device)
+        num_items_in_batch = num_items_in_batch.to(losses.device).clamp(min=1)
+    else:
+        num_items_in_batch = max(1, num_items_in_batch)
     return losses.sum() / num_items_in_batch
 
 
@@ -96,5 +97,11 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 def _targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Labels that can index (0 in place of -100), and where they count."""
+    labels = labels.long()  # uint8 and bool would index as a mask
     kept = labels != IGNORE_INDEX
     return labels.where(kept, labels.new_zeros(())), kept
+
+
+def _only(kept: Tensor, losses: Tensor) -> Tensor:
+    """0 where a label does not count; not a product, as the loss there may be infinite."""
+    return torch.where(kept, losses, losses.new_zeros(()))

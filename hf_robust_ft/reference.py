@@ -53,14 +53,14 @@ def reference_weight(layer: Layer, reference: Mapping[str, Tensor]) -> Tensor:
     """
     if layer.name not in reference:
         raise ReferenceMismatch(
-            f"the reference has no weights for {layer.name}: it belongs to another model, or to a run that "
-            "constrained fewer layers"
+            f"the reference has no weights for {layer.name}: it belongs to another model, or to a training that "
+            "constrained fewer layers. Give the reference of this model, or constrain the layers of that training"
         )
     weight, shape = reference[layer.name], tuple(layer.parameter.shape)
     if tuple(weight.shape) != shape:
         raise ReferenceMismatch(
             f"the reference of {layer.name} has shape {tuple(weight.shape)}, the model's has {shape}: "
-            "it belongs to another model"
+            "it belongs to another model. Give the reference of this one"
         )
     return weight.detach().to(layer.parameter)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 from .callbacks import ProjectionCallback
 from .checkpoint import ConstraintRecord, last_complete_checkpoint
 from .constraints import ConstraintTable, LayerConstraints
+from .corrected_loss import CorrectedLoss
 from .data import check_dataset_labels
 from .features import make_constraints, make_corrected_loss, requires_argument
 from .reference import load_reference, reference_digest, save_reference
@@ -56,7 +58,8 @@ class HessianRegularizedTrainer(Trainer):
             self._set_up()
 
     def _set_up(self) -> None:
-        self._user_loss = self.compute_loss_func
+        self._corrected: CorrectedLoss | None = None
+        self._own_label_names = self.label_names
         self._evaluated: list[Tensor] | None = None
         self._saved_reference: tuple[Path, LayerConstraints] | None = None
         self._set_up_correction()
@@ -64,7 +67,8 @@ class HessianRegularizedTrainer(Trainer):
         self._projection = ProjectionCallback(
             make_constraints(self.args, self._constrained_model, sharded_by=self._sharded_by)
         )
-        self.add_callback(self._projection)
+        # First of all callbacks, so that others see projected weights after a step.
+        self.callback_handler.callbacks.insert(0, self._projection)
 
     @property
     def _model(self) -> nn.Module:
@@ -92,6 +96,9 @@ class HessianRegularizedTrainer(Trainer):
             check_dataset_labels(self.train_dataset, self.data_collator, self.label_names[0], classes)
 
     def _set_up_correction(self) -> None:
+        if self._corrected is None or self.compute_loss_func is not self._corrected:
+            self._user_loss = self.compute_loss_func
+        self.label_names = self._own_label_names
         self._corrected = make_corrected_loss(self.args, self._model, self.label_names, self._user_loss)
         self.compute_loss_func = self._user_loss if self._corrected is None else self._corrected
         if self._corrected is not None:
@@ -106,14 +113,17 @@ class HessianRegularizedTrainer(Trainer):
             untrained = self.state.global_step == 0
             constraints = build(reference=self.constraints.reference, capture_missing=untrained)
         else:
-            # The old centres go before new ones are copied: memory for one copy is enough.
-            self._projection.constraints = LayerConstraints(self._model, None)
+            self._drop_constraints()
             self._constrained_model = self._model
             constraints = build()
         if constraints and self.args.world_size > 1:
             # A head that each process initialised by itself; DDP, too, starts from that of process 0.
             constraints = build(reference={n: broadcast(t) for n, t in constraints.reference.items()})
         self._projection.constraints = constraints
+
+    def _drop_constraints(self) -> None:
+        """The old centres go before new ones come: memory for one copy is enough."""
+        self._projection.constraints = LayerConstraints(self._model, None)
 
     @property
     def _sharded_by(self) -> str | None:
@@ -134,7 +144,8 @@ class HessianRegularizedTrainer(Trainer):
         """As ``Trainer.compute_loss``, which calls the corrected loss; here its surroundings are fitted to it.
 
         Models that name their labels otherwise, that can't do without labels, or that return a tensor or a
-        tuple without a loss, then train and evaluate as transformers' own do.
+        tuple without a loss, then train and evaluate as transformers' own do. A subclass that overrides this
+        method has the correction only if it calls it.
         """
         corrected = self._corrected
         if corrected is None:
@@ -156,13 +167,13 @@ class HessianRegularizedTrainer(Trainer):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         finally:
             self.compute_loss_func = corrected
+        if self.args.n_gpu > 1 and num_items_in_batch is not None:
+            # DataParallel: Trainer makes up for replicas that each see a part, but these logits are gathered.
+            loss = loss / self.args.n_gpu
         if self._evaluated is not None:
             pair = torch.stack(corrected.per_example(outputs, labels), dim=1)
             self._evaluated.append(self.accelerator.gather_for_metrics(pair).cpu())
-        if not isinstance(outputs, dict) and not _starts_with_loss(outputs):
-            # Evaluation drops the first of a tuple, where transformers' models put the loss.
-            outputs = (loss, *(outputs if isinstance(outputs, (tuple, list)) else (outputs,)))
-        return (loss, outputs) if return_outputs else loss
+        return (loss, _with_loss_first(outputs, loss)) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Counts what the corrected loss sums over: renamed labels, too, and no first token of a language model."""
@@ -186,7 +197,7 @@ class HessianRegularizedTrainer(Trainer):
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        self._evaluated = []
+        outer, self._evaluated = self._evaluated, []  # compute_metrics may itself predict
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -196,7 +207,7 @@ class HessianRegularizedTrainer(Trainer):
                 assert output.metrics is not None  # Trainer always fills them
                 output.metrics[f"{metric_key_prefix}_corrected_loss"] = losses / max(targets, 1)
         finally:
-            self._evaluated = None
+            self._evaluated = outer
         return output
 
     # Checkpoints
@@ -217,13 +228,21 @@ class HessianRegularizedTrainer(Trainer):
                 )
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """None beyond ``max_steps``: Trainer resumes a run that is finished within an epoch with one step more."""
+        finished = 0 < self.state.max_steps <= self.state.global_step
+        if finished and (self.constraints or self._corrected is not None):
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self.constraints:
             return
         record = ConstraintRecord.load(resume_from_checkpoint)
-        reference = load_reference(Path(resume_from_checkpoint).parent, record.reference_sha256)
-        self._projection.constraints = make_constraints(self.args, self._model, reference=reference, only=record.radii)
+        self._drop_constraints()
+        reference = load_reference(Path(resume_from_checkpoint).absolute().parent, record.reference_sha256)
+        self._projection.constraints = make_constraints(self.args, self._model, reference=reference, fresh=record.fresh)
         if record.radius_norm != self.constraints.norm or record.radii != self.constraints.radii:
             logger.warning("the radii differ from those of the checkpoint; training goes on with the new ones")
 
@@ -236,10 +255,16 @@ class HessianRegularizedTrainer(Trainer):
                 save_reference(constraints.reference, run)
                 self._saved_reference = (run, constraints)
                 self._reference_digest = reference_digest(constraints.reference)
-            record = ConstraintRecord(self._reference_digest, constraints.norm, constraints.radii)
+            record = ConstraintRecord(self._reference_digest, constraints.norm, constraints.radii, constraints.fresh)
             record.save(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
 
-def _starts_with_loss(outputs: Any) -> bool:
-    return isinstance(outputs, (tuple, list)) and isinstance(outputs[0], Tensor) and outputs[0].dim() == 0
+def _with_loss_first(outputs: Any, loss: Tensor) -> Any:
+    """Outputs whose first member is a loss, which evaluation drops, as it does for transformers' models."""
+    if isinstance(outputs, dict):
+        return outputs
+    rest = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+    if rest and (rest[0] is None or (isinstance(rest[0], Tensor) and rest[0].dim() == 0)):
+        rest = rest[1:]
+    return (loss, *rest)

@@ -46,10 +46,10 @@ from hf_robust_ft import (
 
 HERE = Path(__file__).parent
 
-# Which of the two features each method keeps on.
+# What each method changes in the arguments given; "robust" keeps them.
 METHODS = {
     "plain": {"loss_correction": "none", "layer_radius": None},
-    "forward": {"layer_radius": None},
+    "forward": {"loss_correction": "forward", "layer_radius": None},
     "projection": {"loss_correction": "none"},
     "robust": {},
 }
@@ -137,7 +137,7 @@ def load(recipe: RecipeArguments) -> DatasetDict:
     """The training and test data with clean labels, under the names train and test."""
     if recipe.train_file:
         files = {"train": recipe.train_file, "test": recipe.validation_file or recipe.train_file}
-        kind = Path(recipe.train_file).suffix.removeprefix(".")
+        kind = Path(recipe.train_file).suffix.removeprefix(".").replace("jsonl", "json")
         loaded = load_dataset(kind, data_files=files)
         train, test = loaded["train"], loaded["test"]
         if not recipe.validation_file:
@@ -153,8 +153,8 @@ def load(recipe: RecipeArguments) -> DatasetDict:
         # A column of file names, as a csv file has.
         train, test = (part.cast_column(recipe.image_column, Image()) for part in (train, test))
     if not isinstance(train.features[recipe.label_column], ClassLabel):
-        names = sorted({str(label) for label in train[recipe.label_column]})
-        feature = ClassLabel(names=names)
+        # In the order of the labels, also of numbers: it is that of the rows of a transition matrix.
+        feature = ClassLabel(names=[str(label) for label in sorted(set(train[recipe.label_column]))])
         train, test = (
             part.map(lambda row: {recipe.label_column: str(row[recipe.label_column])}).cast_column(
                 recipe.label_column, feature

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -31,17 +32,19 @@ def shake(model: nn.Module, scale: float = 0.1) -> None:
 
 def test_a_number_holds_for_every_layer(model: nn.Module) -> None:
     constraints = LayerConstraints(model, 0.3)
-    assert constraints.radii == {layer.name: 0.3 for layer in find_layers(model)[0]}
+    assert constraints.radii == {layer.name: 0.3 for layer in find_layers(model)[0] if not layer.fresh}
     before = tiny.weights(model)
     shake(model)
     moved = tiny.weights(model)
     constraints.project_()
-    for name, distance in layer_distances(model, before).items():
-        assert 0.2999 < distance <= 0.3
+    distances = layer_distances(model, before)
+    for name in constraints.radii:
+        assert 0.2999 < distances[name] <= 0.3
         # The direction is kept.
         now, then = model.get_parameter(name) - before[name], moved[name] - before[name]
         assert torch.cosine_similarity(now.flatten(), then.flatten(), dim=0) > 0.99999
-    assert constraints.distances() == layer_distances(model, before)
+    assert constraints.distances().items() < distances.items()
+    assert distances["classifier.weight"] > 0.3
 
 
 def test_what_is_no_layer_is_not_moved(model: nn.Module) -> None:
@@ -96,6 +99,8 @@ def test_radii_grow_with_depth(model: nn.Module) -> None:
 def test_relative_radii_scale_with_the_reference(model: nn.Module, norm: Any) -> None:
     constraints = LayerConstraints(model, 0.1, norm=norm, mode="relative")
     for layer in find_layers(model)[0]:
+        if layer.fresh:
+            continue
         size = magnitude(layer.parameter, norm, layer.row_dims or ())
         assert constraints.radii[layer.name] == pytest.approx(0.1 * size)
 
@@ -145,6 +150,8 @@ def test_the_table_lists_every_trained_parameter(model: nn.Module) -> None:
         (math.nan, {}, r"layer_radius is nan"),
         (True, {}, r"layer_radius is True"),
         ({"*.query": -1}, {}, r"layer_radius\['\*.query'\] is -1"),
+        (0.1, {"norm": "fro"}, r"radius_norm is 'fro'; choose 'frobenius' or 'inf_op'"),
+        (0.1, {"mode": "rel"}, r"radius_mode is 'rel'; choose 'absolute' or 'relative'"),
         ({"*": "0.1"}, {}, r"layer_radius\['\*'\] is '0.1'"),
         ({"querry": 1}, {}, r"pattern 'querry' matches no layer. Layers are bert"),
         ({"*": 1, "query": 1}, {}, r"pattern 'query' matches no layer; '\*query\*' would match 2"),
@@ -166,8 +173,8 @@ def test_a_model_without_layers_is_refused(model: nn.Module) -> None:
 
 
 def test_zero_weights_have_no_relative_radius(model: Any) -> None:
-    nn.init.zeros_(model.classifier.weight)
-    with pytest.raises(ValueError, match=r"radius_mode='relative', but the reference of classifier.weight is zero"):
+    nn.init.zeros_(model.bert.pooler.dense.weight)
+    with pytest.raises(ValueError, match=r"radius_mode='relative', but the reference of bert.pooler.* is zero"):
         LayerConstraints(model, 0.1, mode="relative")
 
 
@@ -189,11 +196,24 @@ def test_a_reference_of_another_model_is_refused(model: nn.Module) -> None:
     reference = LayerConstraints(model, 0.1).reference
     with pytest.raises(ReferenceMismatch, match=r"has shape \(16, 16\), the model's has \(20, 20\)"):
         LayerConstraints(tiny.bert(hidden_size=20), {"*.query": 0.1}, reference=reference)
-    del reference["classifier.weight"]
-    with pytest.raises(ReferenceMismatch, match=r"no weights for classifier\.weight"):
+    del reference["bert.pooler.dense.weight"]
+    with pytest.raises(
+        ReferenceMismatch, match=r"no weights for bert\.pooler.* constrain the layers of"
+    ):
         LayerConstraints(model, 0.1, reference=reference)
     with pytest.raises(ReferenceMismatch, match="no weights for bert"):
         layer_distances(model, {})
+
+
+def test_numbers_of_numpy_are_numbers(model: nn.Module) -> None:
+    assert set(LayerConstraints(model, np.float32(0.5)).radii.values()) == {0.5}
+
+
+def test_what_an_earlier_run_found_fresh_stays_fresh(model: nn.Module) -> None:
+    constraints = LayerConstraints(model, 0.1, fresh=["bert.pooler.dense.weight"])
+    assert "classifier.weight" in constraints.radii
+    assert "bert.pooler.dense.weight" not in constraints.radii
+    assert constraints.fresh == ["bert.pooler.dense.weight"]
 
 
 def test_a_given_reference_is_the_centre(model: nn.Module) -> None:

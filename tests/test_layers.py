@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,8 +63,8 @@ def test_dinov2_by_name() -> None:
     assert {layers[name].depth for name in first} == {1}
     assert layers["dinov2.embeddings.patch_embeddings.projection.weight"].depth == 0
     assert layers["classifier.weight"].depth == 3
-    assert others["dinov2.embeddings.cls_token"].reason == "token or position table that is added, not multiplied"
-    assert others["dinov2.embeddings.position_embeddings"].reason.startswith("token or position table")
+    assert others["dinov2.embeddings.cls_token"].reason == "token, position table or scale, not a matrix"
+    assert others["dinov2.embeddings.position_embeddings"].reason.startswith("token, position table")
     assert others["dinov2.encoder.layer.0.layer_scale1.lambda1"].reason == "scale or vector, not a matrix"
     assert others["dinov2.encoder.layer.0.norm1.weight"].reason == "norm"
     assert others["classifier.bias"].reason == "bias"
@@ -121,8 +122,14 @@ def test_only_what_the_checkpoint_lacks_is_fresh(tmp_path: Path) -> None:
     assert not any(layer.fresh for layer in find_layers(whole)[0])
 
 
-def test_nothing_is_fresh_where_nothing_was_loaded() -> None:
-    assert not any(layer.fresh for layer in find_layers(tiny.bert())[0])
+def test_the_head_counts_as_fresh_where_the_marks_of_loading_are_lost(tmp_path: Path) -> None:
+    tiny.bert().bert.save_pretrained(tmp_path)
+    loaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+    for model in (copy.deepcopy(loaded), tiny.bert()):
+        assert [layer.name for layer in find_layers(model)[0] if layer.fresh] == ["classifier.weight"]
+    # Tied to the embeddings, this head is no new one; and of other models nothing is known.
+    assert not any(layer.fresh for layer in find_layers(tiny.gpt2(causal=True))[0])
+    assert not any(layer.fresh for layer in find_layers(tiny.Mlp())[0])
 
 
 def test_modules_of_torch() -> None:
@@ -137,6 +144,7 @@ def test_modules_of_torch() -> None:
             self.bag = nn.EmbeddingBag(9, 4)
             self.experts = nn.Parameter(torch.randn(3, 4, 5))
             self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+            self.layer_norm = nn.LayerNorm([4, 5])
             self.relative_position_bias_table = nn.Parameter(torch.randn(9, 2))
 
     layers, others = audit(Mixed())
@@ -150,4 +158,5 @@ def test_modules_of_torch() -> None:
     assert layers["bag.weight"].kind == "EmbeddingBag"
     assert layers["experts"].row_dims is None
     assert others["relative_position_bias_table"].reason == "bias"
+    assert others["layer_norm.weight"].reason == "norm"
     assert others["normed.parametrizations.weight.original1"].reason.startswith("part of a re-parametrized")

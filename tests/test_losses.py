@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,7 +189,26 @@ def test_sum_over_all_targets_makes_micro_batches_add_up() -> None:
     torch.testing.assert_close(whole, torch.nn.functional.cross_entropy(logits, labels))
     parts = [reduce_loss(losses[rows], labels[rows], count) for rows in (slice(0, 5), slice(5, 12))]
     torch.testing.assert_close(sum(parts), whole)
-    assert reduce_loss(losses[:0], labels[:0], None) == 0
+
+
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0)], ids=str)
+@pytest.mark.parametrize("correct", [forward_corrected, backward_corrected, lambda z, y, _: cross_entropy(z, y)])
+def test_a_batch_without_targets_gives_zero_and_no_gradient(count: Any, correct: Any) -> None:
+    # Infinite losses, too, where they do not count.
+    logits = torch.tensor([[1e4, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.float16).requires_grad_()
+    labels = torch.tensor([-100, -100])
+    loss = reduce_loss(correct(logits, labels, some_transition()), labels, count)
+    loss.backward()
+    assert loss == 0
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_any_integer_type_are_indices(dtype: torch.dtype) -> None:
+    logits, _ = some_batch(examples=K)
+    labels, t = torch.ones(K, dtype=torch.int64), some_transition()
+    for correct in (forward_corrected, backward_corrected):
+        assert torch.equal(correct(logits, labels.to(dtype), t), correct(logits, labels, t))
 
 
 def test_backward_is_bounded_by_the_amplification() -> None:

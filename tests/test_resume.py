@@ -325,7 +325,27 @@ def test_a_head_that_was_fresh_stays_free_where_the_model_is_built_from_the_chec
     assert resumed.constraints.radii == radii
     assert _different(_weights(resumed.model), _weights(trainer.model)) == []
     (row,) = (row for row in resumed.constraint_table() if row.name == "classifier.weight")
-    assert row.free == "free in the run that was resumed"
+    assert row.free is not None
+    assert row.free.startswith("freshly initialised")
+
+
+def test_a_resumed_run_constrains_no_layer_whose_centre_is_lost(tmp_path: Path) -> None:
+    trainer, _ = _trainer(tmp_path, layer_radius={"*.query": resumable.RADIUS}, max_steps=2)
+    trainer.train()
+    resumed, steps = _trainer(tmp_path)
+    with pytest.raises(ReferenceMismatch, match="no weights for .* constrain the layers of that training"):
+        resumed.train(resume_from_checkpoint=True)
+    assert steps == []
+
+
+def test_a_finished_run_is_resumed_with_no_step_more(finished: tuple[Path, Weights], stopped: Path) -> None:
+    # Four steps end within an epoch of eleven.
+    trainer, steps = _trainer(stopped, max_steps=4)
+    trainer.train(resume_from_checkpoint=True)
+    assert steps == []
+    assert trainer.state.global_step == 4
+    saved = safetensors.torch.load_file(stopped / "checkpoint-4" / "model.safetensors")
+    assert _different(saved, _weights(trainer.model)) == []
 
 
 @pytest.mark.parametrize("cut_off", [False, True])

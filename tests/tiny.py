@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -82,6 +82,13 @@ def token_classifier() -> transformers.PreTrainedModel:
     return transformers.BertForTokenClassification(transformers.BertConfig(**{**TEXT, **ENCODER}))
 
 
+class NamedOutput(NamedTuple):
+    """Logits that are not the first member."""
+
+    features: Tensor
+    logits: Tensor
+
+
 class Mlp(nn.Module):
     """No transformers model: takes no labels and returns what it is told to."""
 
@@ -97,7 +104,13 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         logits = self.logits(x)
-        return {"tuple": (logits,), "dict": {"logits": logits}, "tensor": logits}[self.returns]
+        return {
+            "tuple": (logits,),
+            "none and logits": (None, logits),
+            "named tuple": NamedOutput(x, logits),
+            "dict": {"logits": logits},
+            "tensor": logits,
+        }[self.returns]
 
 
 class MlpWithLoss(Mlp):

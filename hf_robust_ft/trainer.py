@@ -111,14 +111,16 @@ class HessianRegularizedTrainer(Trainer):
         if self._model is self._constrained_model:
             # Weights that have moved are no centre: a second train() of one model keeps the first one's.
             untrained = self.state.global_step == 0
-            constraints = build(reference=self.constraints.reference, capture_missing=untrained)
+            before = self.constraints
+            constraints = build(reference=before.reference, capture_missing=untrained, fresh=before.fresh)
         else:
             self._drop_constraints()
             self._constrained_model = self._model
             constraints = build()
         if constraints and self.args.world_size > 1:
             # A head that each process initialised by itself; DDP, too, starts from that of process 0.
-            constraints = build(reference={n: broadcast(t) for n, t in constraints.reference.items()})
+            same = {name: broadcast(centre) for name, centre in constraints.reference.items()}
+            constraints = build(reference=same, fresh=constraints.fresh)
         self._projection.constraints = constraints
 
     def _drop_constraints(self) -> None:

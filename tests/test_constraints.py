@@ -197,9 +197,7 @@ def test_a_reference_of_another_model_is_refused(model: nn.Module) -> None:
     with pytest.raises(ReferenceMismatch, match=r"has shape \(16, 16\), the model's has \(20, 20\)"):
         LayerConstraints(tiny.bert(hidden_size=20), {"*.query": 0.1}, reference=reference)
     del reference["bert.pooler.dense.weight"]
-    with pytest.raises(
-        ReferenceMismatch, match=r"no weights for bert\.pooler.* constrain the layers of"
-    ):
+    with pytest.raises(ReferenceMismatch, match=r"no weights for bert\.pooler.* constrain the layers of"):
         LayerConstraints(model, 0.1, reference=reference)
     with pytest.raises(ReferenceMismatch, match="no weights for bert"):
         layer_distances(model, {})

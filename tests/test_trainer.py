@@ -39,6 +39,8 @@ def history(trainer: Trainer, key: str = "loss") -> list[float]:
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     logits = prediction.predictions
+    if isinstance(logits, tuple):
+        logits = logits[-1]  # of the model that returns features, too
     assert logits.shape == (len(prediction.label_ids), tiny.CLASSES)
     return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
 

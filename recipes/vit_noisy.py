@@ -153,14 +153,7 @@ def load(recipe: RecipeArguments) -> DatasetDict:
         # A column of file names, as a csv file has.
         train, test = (part.cast_column(recipe.image_column, Image()) for part in (train, test))
     if not isinstance(train.features[recipe.label_column], ClassLabel):
-        # In the order of the labels, also of numbers: it is that of the rows of a transition matrix.
-        feature = ClassLabel(names=[str(label) for label in sorted(set(train[recipe.label_column]))])
-        train, test = (
-            part.map(lambda row: {recipe.label_column: str(row[recipe.label_column])}).cast_column(
-                recipe.label_column, feature
-            )
-            for part in (train, test)
-        )
+        train, test = name_classes(train, test, recipe.label_column)
     parts = {"train": (train, recipe.max_train_samples), "test": (test, recipe.max_test_samples)}
     return DatasetDict(
         {
@@ -168,6 +161,21 @@ def load(recipe: RecipeArguments) -> DatasetDict:
             for name, (part, limit) in parts.items()
         }
     )
+
+
+def name_classes(train: Dataset, test: Dataset, column: str) -> tuple[Dataset, Dataset]:
+    """Labels that are words or numbers as class labels, in the order of the words or numbers.
+
+    Numbers in their own order, not that of their names: it is that of the rows of a transition matrix.
+    """
+    classes = ClassLabel(names=[str(label) for label in sorted(set(train[column]))])
+
+    def encode(part: Dataset) -> Dataset:
+        features = part.features.copy()
+        features[column] = classes
+        return part.map(lambda label: {column: classes.str2int(str(label))}, input_columns=column, features=features)
+
+    return encode(train), encode(test)
 
 
 def digits() -> tuple[Dataset, Dataset]:

@@ -75,23 +75,33 @@ def project_(
     compute = torch.promote_types(weight.dtype, torch.float32)
     # The second term is what rounding each entry of the result can add to the distance.
     target = max(0.0, radius * (1 - MARGIN) - torch.finfo(compute).eps * reference_norm)
-    if norm == "frobenius":
-        total = torch.zeros((), dtype=compute, device=weight.device)
-        for _, block in _differences(weight, reference, compute):
-            flat = block.flatten()
-            total += torch.dot(flat, flat)
-        reach = total.sqrt()
-    else:
-        reach = _row_sums(weight, reference, row_dims, compute)
+    line = radius * (1 - MARGIN / 2)
     # A non-finite weight is left for the user to see. `pull` is how far to go back to the reference.
-    outside = (reach > radius * (1 - MARGIN / 2)) & reach.isfinite()
-    if weight.device.type == "cpu" and not outside.any():
-        return
-    pull = torch.where(outside, 1 - target / reach, 0.0)
+    if norm == "frobenius" and weight.device.type == "cpu":
+        # Python's floats: tensors of one number would cost a quarter of the whole projection.
+        length = math.sqrt(sum(float(_square(block)) for _, block in _differences(weight, reference, compute)))
+        if not line < length < math.inf:
+            return
+        pull = torch.tensor(1 - target / length, dtype=compute)
+    else:
+        if norm == "frobenius":
+            squares = [_square(block) for _, block in _differences(weight, reference, compute)]
+            reach = torch.stack(squares).sum().sqrt()
+        else:
+            reach = _row_sums(weight, reference, row_dims, compute)
+        outside = (reach > line) & reach.isfinite()
+        if weight.device.type == "cpu" and not outside.any():
+            return
+        pull = torch.where(outside, 1 - target / reach, 0.0)
     if weight.dtype == compute:
         weight.lerp_(reference, pull)
     else:
         _pull_half_(weight, reference, pull)
+
+
+def _square(block: Tensor) -> Tensor:
+    flat = block.flatten()
+    return torch.dot(flat, flat)
 
 
 def _pull_half_(weight: Tensor, reference: Tensor, pull: Tensor) -> None:
@@ -121,9 +131,18 @@ def _row_sums(weight: Tensor, reference: Tensor, row_dims: tuple[int, ...], dtyp
 
 
 def _differences(weight: Tensor, reference: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """``W - W_ref`` block by block along the first dimension."""
+    """``W - W_ref`` block by block along the first dimension; a block is valid until the next one."""
     block = CPU_BLOCK if weight.device.type == "cpu" else GPU_BLOCK
     step = max(1, block * weight.shape[0] // max(1, weight.numel()))
+    weight = weight.detach()
+    # One buffer for all blocks: a new one for each costs the CPU more than the subtraction.
+    buffer = torch.empty((min(step, len(weight)), *weight.shape[1:]), dtype=dtype, device=weight.device)
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
-        yield rows, weight[rows].detach().to(dtype) - reference[rows].to(dtype)
+        some, centre = weight[rows], reference[rows]
+        out = buffer[: len(some)]
+        if some.dtype == dtype == centre.dtype:
+            torch.sub(some, centre, out=out)
+        else:
+            out.copy_(some).sub_(centre)  # converted before they are subtracted
+        yield rows, out

@@ -26,13 +26,16 @@ import evaluate
 import numpy as np
 from comparison import Run, report, save
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from torch import distributed
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     EvalPrediction,
     HfArgumentParser,
     set_seed,
 )
+
+# The one at the top of transformers asks for torchvision before 5.19.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_robust_ft import (
     HessianRegularizedTrainer,
@@ -131,6 +134,8 @@ def main() -> None:
                 save(runs, settings, Path(arguments.output_dir))  # each time: nothing that was computed is lost
     if arguments.process_index == 0:
         report(runs, Path(arguments.output_dir))
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def load(recipe: RecipeArguments) -> DatasetDict:

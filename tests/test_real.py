@@ -10,11 +10,11 @@ import tiny
 import torch
 from datasets import Dataset, load_dataset
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_robust_ft import HessianRegularizedTrainer, corrupt_dataset, find_layers, layer_distances
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -229,6 +230,10 @@ def main() -> None:
     for name in sys.argv[3:]:
         result = functions[name](out)
         (out / f"{name}-{PROCESSES}-{RANK}.json").write_text(json.dumps(result))
+    if PROCESSES > 1:
+        # A process that leaves while another still talks to it can bring that one down at exit.
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

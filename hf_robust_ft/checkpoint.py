@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .reference import ReferenceMismatch
+from .reference import ReferenceMismatch, written_whole
 
 RECORD_FILE = "_constraints.json"
 STATE_FILE = "trainer_state.json"
@@ -28,14 +27,8 @@ class ConstraintRecord:
 
     def save(self, checkpoint: str | Path) -> None:
         """Write ``_constraints.json``; a reader never sees half of it."""
-        path = Path(checkpoint) / RECORD_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with written_whole(Path(checkpoint) / RECORD_FILE) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
     @classmethod
     def load(cls, checkpoint: str | Path) -> ConstraintRecord:

@@ -78,7 +78,7 @@ def project_(
     line = radius * (1 - MARGIN / 2)
     # A non-finite weight is left for the user to see. `pull` is how far to go back to the reference.
     if norm == "frobenius" and weight.device.type == "cpu":
-        # Python's floats: tensors of one number would cost a quarter of the whole projection.
+        # Python's floats: tensors of one number would cost a sixth of the whole projection.
         length = math.sqrt(sum(float(_square(block)) for _, block in _differences(weight, reference, compute)))
         if not line < length < math.inf:
             return

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -79,13 +80,20 @@ def reference_digest(reference: Mapping[str, Tensor]) -> str:
 def save_reference(reference: Mapping[str, Tensor], folder: str | Path) -> Path:
     """Write ``_reference.safetensors`` into a folder; a reader never sees half of it."""
     path = Path(folder) / REFERENCE_FILE
+    with written_whole(path) as temporary:
+        safetensors.torch.save_file({n: t.detach().cpu().contiguous() for n, t in reference.items()}, temporary)
+    return path
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which becomes ``path`` once it is written: no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
-    safetensors.torch.save_file({n: t.detach().cpu().contiguous() for n, t in reference.items()}, temporary)
+    yield temporary
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    return path
 
 
 def load_reference(folder: str | Path, digest: str) -> dict[str, Tensor]:

@@ -238,12 +238,15 @@ class HessianRegularizedTrainer(Trainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Before the weights are read: a resume that is refused leaves the model, and so the next centres, as they were.
+        if self.constraints and Path(resume_from_checkpoint).is_dir():
+            self._restore_constraints(Path(resume_from_checkpoint).absolute())
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self.constraints:
-            return
-        record = ConstraintRecord.load(resume_from_checkpoint)
+
+    def _restore_constraints(self, checkpoint: Path) -> None:
+        record = ConstraintRecord.load(checkpoint)
         self._drop_constraints()
-        reference = load_reference(Path(resume_from_checkpoint).absolute().parent, record.reference_sha256)
+        reference = load_reference(checkpoint.parent, record.reference_sha256)
         self._projection.constraints = make_constraints(self.args, self._model, reference=reference, fresh=record.fresh)
         if record.radius_norm != self.constraints.norm or record.radii != self.constraints.radii:
             logger.warning("the radii differ from those of the checkpoint; training goes on with the new ones")

@@ -229,13 +229,17 @@ def _run_another(folder: Path) -> None:
     ],
 )
 def test_without_its_reference_a_run_is_not_resumed(
-    stopped: Path, damage: Callable[[Path], object], message: str
+    stopped: Path, pretrained: Weights, damage: Callable[[Path], object], message: str
 ) -> None:
     damage(stopped)
     trainer, steps = _trainer(stopped)
     with pytest.raises(ReferenceMismatch, match=message):
         trainer.train(resume_from_checkpoint=True)
     assert steps == []
+    # A training that starts anew has its centres at the pretrained weights.
+    assert _different(_weights(trainer.model), pretrained) == []
+    trainer.train()
+    assert _different(trainer.constraints.reference, pretrained) == []
 
 
 @pytest.mark.parametrize("trainer_class", [Trainer, HessianRegularizedTrainer], ids=["of Trainer", "without a radius"])

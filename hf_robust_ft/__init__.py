@@ -5,6 +5,7 @@
 
 from .arguments import RobustTrainingArguments
 from .constraints import ConstraintRow, ConstraintTable, LayerConstraints
+from .curvature import QuadraticForms, layer_quadratic_forms
 from .layers import Layer, NotALayer, find_layers
 from .losses import backward_corrected, cross_entropy, forward_corrected
 from .noise import (
@@ -28,6 +29,7 @@ __all__ = [
     "Layer",
     "LayerConstraints",
     "NotALayer",
+    "QuadraticForms",
     "ReferenceMismatch",
     "RobustTrainingArguments",
     "backward_corrected",
@@ -38,6 +40,7 @@ __all__ = [
     "forward_corrected",
     "invert_transition",
     "layer_distances",
+    "layer_quadratic_forms",
     "load_transition",
     "pair_flip_transition",
     "symmetric_transition",

@@ -226,11 +226,11 @@ def _assign(layers: Sequence[Layer], radius: Radius, others: Sequence[NotALayer]
         fresh = "freshly initialised, and layer_radius names no radius for it"
         return [(value, fresh if layer.fresh else free) for layer in layers]
     for pattern in radius:
-        if not any(_matches(layer, pattern) for layer in layers):
+        if not any(layer.matches(pattern) for layer in layers):
             raise ValueError(_no_match(pattern, layers, others))
     given: list[tuple[float, str | None]] = []
     for layer in layers:
-        first = next((p for p in radius if _matches(layer, p)), None)
+        first = next((p for p in radius if layer.matches(p)), None)
         if first is None:
             given.append((math.inf, "no pattern of layer_radius matches"))
             continue
@@ -246,14 +246,10 @@ def _checked(radius: float, argument: str) -> float:
     return float(radius)
 
 
-def _matches(layer: Layer, pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in layer.matches())
-
-
 def _no_match(pattern: str, layers: Sequence[Layer], others: Sequence[NotALayer]) -> str:
     message = f"layer_radius pattern '{pattern}' matches no layer"
     wrapped = f"*{pattern}*"
-    hits = sum(_matches(layer, wrapped) for layer in layers)
+    hits = sum(layer.matches(wrapped) for layer in layers)
     if any(fnmatchcase(other.name, pattern) for other in others):
         message += ": it matches only parameters that are no layers (biases, norms, tables), which are free"
     elif hits:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .losses import backward_corrected, cross_entropy, forward_corrected, reduce_loss
 from .noise import (
@@ -83,6 +85,25 @@ class CorrectedLoss:
         kept = labels != IGNORE_INDEX
         return losses.reshape(len(labels), -1).sum(1), kept.reshape(len(labels), -1).sum(1)
 
+    def fisher(self, logits: Tensor, labels: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """Fisher information of the noisy class probabilities ``q = Tᵀ softmax(z)`` along tangents of the logits.
+
+        ``Σ_y q_y (∂ log q_y)² = Σ_y (∂q_y)² / q_y``, whatever the labels are.
+
+        Returns:
+            For each example the sum over its targets, and their number, [B] each.
+        """
+        logits, labels = self._logits_and_labels(logits, labels)
+        if self.shift:
+            tangents = tangents[..., :-1, :]
+        transition = torch.as_tensor((self.matrices or self._build(logits.shape[-1]))[0]).to(logits)
+        p = torch.softmax(logits, dim=-1)
+        q = p @ transition
+        change = (p * (tangents - (p * tangents).sum(-1, keepdim=True))) @ transition
+        kept = labels != IGNORE_INDEX
+        information = torch.where(q > 0, change.square() / q, 0).sum(-1) * kept
+        return information.reshape(len(labels), -1).sum(1), kept.reshape(len(labels), -1).sum(1)
+
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         corrected = forward_corrected if self.correction == "forward" else backward_corrected
         return corrected(logits, labels, self._matrix(logits))
@@ -151,3 +172,22 @@ def find_logits(outputs: Any) -> Tensor:
         f"the model returns a {type(outputs).__name__} without logits; "
         "return a tensor, a tuple that holds it, or a dict with the key 'logits'"
     )
+
+
+def loss_type(model: nn.Module) -> str | None:
+    """transformers' name for the loss of a model; None for models from elsewhere."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile
+    if hasattr(model, "peft_config"):
+        model = model.get_base_model()  # type: ignore[operator]
+    names = [kind.__name__ for kind in type(model).__mro__]
+    # A model names its loss after its class, and then a user's subclass, or GPT2LMHeadModel, has no name for it.
+    found = getattr(model, "loss_type", None)
+    if found is None:
+        found = next((known for name in names for known in LOSS_MAPPING if known in name), None)
+    causal = LOSS_MAPPING.get(found or "") is ForCausalLMLoss or any(
+        name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in names
+    )
+    if causal:
+        # The targets of an encoder-decoder are not shifted against its logits.
+        return None if getattr(model.config, "is_encoder_decoder", False) else "ForCausalLM"
+    return found

@@ -10,12 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .arguments import RobustTrainingArguments
 from .constraints import LayerConstraints
-from .corrected_loss import CorrectedLoss
+from .corrected_loss import CorrectedLoss, loss_type
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +59,9 @@ def make_corrected_loss(
         )
     if len(label_names) > 1:
         raise ValueError(f"loss_correction needs one label, but label_names is {label_names}; name the one to correct")
-    loss_type = _loss_type(model)
+    kind = loss_type(model)
     loss = CorrectedLoss(
-        correction, transition, num_classes=_num_classes(model, loss_type), shift=loss_type == "ForCausalLM"
+        correction, transition, num_classes=_num_classes(model, kind), shift=kind == "ForCausalLM"
     )
     if correction == "backward" and loss.matrices is not None:
         inverse = loss.matrices[1]
@@ -126,30 +124,11 @@ def _setting(args: TrainingArguments, name: str) -> Any:
     return getattr(args, name, getattr(RobustTrainingArguments, name))
 
 
-def _loss_type(model: nn.Module) -> str | None:
-    """transformers' name for the loss of a model; None for models from elsewhere."""
-    model = getattr(model, "_orig_mod", model)  # torch.compile
-    if hasattr(model, "peft_config"):
-        model = model.get_base_model()  # type: ignore[operator]
-    names = [kind.__name__ for kind in type(model).__mro__]
-    # A model names its loss after its class, and then a user's subclass, or GPT2LMHeadModel, has no name for it.
-    found = getattr(model, "loss_type", None)
-    if found is None:
-        found = next((known for name in names for known in LOSS_MAPPING if known in name), None)
-    causal = LOSS_MAPPING.get(found or "") is ForCausalLMLoss or any(
-        name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in names
-    )
-    if causal:
-        # The targets of an encoder-decoder are not shifted against its logits.
-        return None if getattr(model.config, "is_encoder_decoder", False) else "ForCausalLM"
-    return found
-
-
-def _num_classes(model: nn.Module, loss_type: str | None) -> int | None:
+def _num_classes(model: nn.Module, kind: str | None) -> int | None:
     """K, for the transformers models whose config says it; the logits of others tell it at the first step."""
     config: Any = getattr(model, "config", None)
-    if config is None or loss_type is None:
+    if config is None or kind is None:
         return None
-    if loss_type in ("ForCausalLM", "ForMaskedLM"):
+    if kind in ("ForCausalLM", "ForMaskedLM"):
         return int(config.get_text_config().vocab_size)
-    return int(config.num_labels) if loss_type.endswith("Classification") else None
+    return int(config.num_labels) if kind.endswith("Classification") else None

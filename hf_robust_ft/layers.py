@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -27,18 +28,20 @@ class Layer:
     """Class of the module that holds it, such as ``Linear``."""
     row_dims: tuple[int, ...] | None
     """Dimensions that number the outputs; None where that is not known (a row-sum norm has no meaning)."""
+    block: str
+    """Name of the block that it belongs to: a transformer block is one."""
     depth: int
-    """0 for the first block of the model, 1 for the next, …; a transformer block is one block."""
+    """0 for the first block of the model, 1 for the next, …"""
     fresh: bool
     """Whether it is a new head: ``from_pretrained`` found no weights for it, or, for a model that does not
     tell (a deep copy), it lies outside the base model. Models from elsewhere have no fresh layers."""
     tied: tuple[str, ...] = ()
     """Other names of the same parameter."""
 
-    def matches(self) -> tuple[str, ...]:
-        """The names that a radius pattern may match: of the parameter and of its module, also tied ones."""
+    def matches(self, pattern: str) -> bool:
+        """Whether a pattern with ``*`` and ``?`` is the whole name of the parameter or of its module, also a tied one."""
         names = (self.name, *self.tied)
-        return names + tuple(name.rpartition(".")[0] for name in names)
+        return any(fnmatchcase(name, pattern) for name in (*names, *(name.rpartition(".")[0] for name in names)))
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,15 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], list[NotALayer]]:
         if reason is not None:
             others.append(NotALayer(name, tuple(parameter.shape), reason))
             continue
+        block = _block(name, modules)
         layers.append(
             Layer(
                 name=name,
                 parameter=parameter,
                 kind=type(module).__name__,
                 row_dims=_row_dims(parameter, module),
-                depth=blocks.setdefault(_block(name, modules), len(blocks)),
+                block=block,
+                depth=blocks.setdefault(block, len(blocks)),
                 fresh=parameter not in pretrained,
                 tied=tuple(tied),
             )

@@ -22,6 +22,7 @@ FLOORS = {
     "reference": 2,
     "constraints": 2,
     "corrected_loss": 2,
+    "curvature": 2,
     "arguments": 3,
     "callbacks": 3,
     "checkpoint": 3,

@@ -1,0 +1,103 @@
+"""Layers to measure, each with the way that it travelled from its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import Layer, NotALayer, find_layers
+from ..reference import ReferenceMismatch
+
+Layers = Literal["weights", "blocks"] | Mapping[str, str | Sequence[str]]
+"""Each weight alone, each block of the model as one layer, or name → pattern(s) of the weights that form it."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One or more weights that are measured as one layer."""
+
+    name: str
+    members: tuple[Layer, ...]
+
+
+def group_layers(model: nn.Module, layers: Layers) -> tuple[list[Group], list[NotALayer]]:
+    """The layers to measure, and every trained parameter that belongs to none of them.
+
+    Raises:
+        ValueError: a model without a trained layer, an unknown name, or a pattern that matches no layer.
+    """
+    found, left_out = find_layers(model)
+    if not found:
+        raise ValueError("model has no trained layer (every weight matrix is frozen): there is nothing to measure")
+    if layers == "weights":
+        return [Group(layer.name, (layer,)) for layer in found], left_out
+    members: dict[str, list[Layer]] = {}
+    if layers == "blocks":
+        for layer in found:
+            members.setdefault(layer.block, []).append(layer)
+    elif isinstance(layers, Mapping):
+        members = _match(found, layers)
+        taken = {layer.name for group in members.values() for layer in group}
+        left_out = left_out + [
+            NotALayer(layer.name, tuple(layer.parameter.shape), "no pattern of layers matches")
+            for layer in found
+            if layer.name not in taken
+        ]
+    else:
+        raise ValueError(f"layers is {layers!r}; choose 'weights', 'blocks', or a mapping from name to pattern")
+    return [Group(name, tuple(group)) for name, group in members.items()], left_out
+
+
+def _match(found: Sequence[Layer], layers: Mapping[str, str | Sequence[str]]) -> dict[str, list[Layer]]:
+    patterns = {name: [given] if isinstance(given, str) else list(given) for name, given in layers.items()}
+    members: dict[str, list[Layer]] = {name: [] for name in patterns}
+    for layer in found:
+        # The first match decides, so that no weight counts twice.
+        name = next((n for n, ps in patterns.items() if any(layer.matches(p) for p in ps)), None)
+        if name is not None:
+            members[name].append(layer)
+    empty = [name for name, group in members.items() if not group]
+    if empty:
+        names = [layer.name for layer in found]
+        shown = names if len(names) <= 6 else [*names[:3], "…", *names[-2:]]
+        raise ValueError(
+            f"layers: the patterns of {', '.join(empty)} match no layer that is still free (whole names, with * and "
+            f"?; the first match decides). Layers are {', '.join(shown)}"
+        )
+    return members
+
+
+def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:
+    """``V = W - W_ref`` of every weight, by parameter name, at least float32, on the weight's device.
+
+    Raises:
+        ReferenceMismatch: weights that the reference lacks, or has in another shape; the message names them.
+    """
+    if isinstance(reference, nn.Module):
+        reference = reference.state_dict()
+    ways: dict[str, Tensor] = {}
+    missing, misshapen = [], []
+    for layer in (layer for group in groups for layer in group.members):
+        weight = layer.parameter.detach()
+        base = next((reference[name] for name in (layer.name, *layer.tied) if name in reference), None)
+        if base is None:
+            missing.append(layer.name)
+        elif base.shape != weight.shape:
+            misshapen.append(f"{layer.name} ({tuple(base.shape)} there, {tuple(weight.shape)} in the model)")
+        else:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            ways[layer.name] = weight.to(dtype) - base.detach().to(weight.device, dtype)
+    problems = [
+        *([f"has no weights for {', '.join(missing)}"] if missing else []),
+        *([f"has another shape for {', '.join(misshapen)}"] if misshapen else []),
+    ]
+    if problems:
+        raise ReferenceMismatch(
+            f"reference {' and '.join(problems)}: it belongs to another model, or lacks a new head. Give the weights "
+            "that this model started from (its state_dict before training), or leave these layers out with layers="
+        )
+    return ways

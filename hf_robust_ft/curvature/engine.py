@@ -1,0 +1,306 @@
+"""Curvature of one batch along some directions: by the sweep where it can, by autograd where it must."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .directions import Group
+from .loss import ExampleLoss
+from .model import Inputs, Weights, some_examples
+from .products import Use, find_use, in_activation_space, in_weight_space
+from .sweep import Direction, first_to_join, leading_share, prepare, sweep, unruled, widest
+from .tape import Tape, Untraceable, record
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["hessian", "gauss_newton", "hessian_upper", "hessian_psd"]
+
+# Elements of the largest tensor times the directions that travel through it together. On a CPU two million floats
+# stay in the cache of two cores; matrices get no faster with more.
+CPU_ELEMENTS = 2_000_000
+GPU_SHARE = 0.05
+# Fewer directions at a time only make the matrices small.
+DIRECTIONS = 16
+# Products keep a graph for two backward passes, several times the activations.
+PRODUCT_EXAMPLES = 8
+
+
+class NonFiniteLoss(ValueError):
+    """The loss of an example is infinite or NaN."""
+
+
+@dataclass
+class Forms:
+    """Second derivatives of each example's loss along each direction, [examples, directions], float64."""
+
+    losses: Tensor
+    """[examples]."""
+    hessian: Tensor
+    """``vᵀ H v``."""
+    gauss_newton: Tensor | None = None
+    length: Tensor | None = None
+    """``‖H v‖``."""
+    positive: Tensor | None = None
+    """``vᵀ H⁺ v``."""
+    gap: Tensor | None = None
+    """What half the Lanczos steps would have changed."""
+
+    @staticmethod
+    def joined(parts: Sequence[Forms]) -> Forms:
+        """Of several groups of examples."""
+        found = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Forms)}
+        return Forms(**{name: None if values[0] is None else torch.cat(values) for name, values in found.items()})
+
+
+class Engine:
+    """Measures batches of one model. Use it inside :func:`~.model.measuring`.
+
+    Args:
+        model: unwrapped.
+        groups: the layers whose weights may move.
+        loss: of one example.
+        examples_at_once, directions_at_once: what travels together; None fits them to the cache or the GPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        loss: ExampleLoss,
+        *,
+        examples_at_once: int | None = None,
+        directions_at_once: int | None = None,
+    ) -> None:
+        self.weights = Weights(model, groups)
+        self.notes: list[str] = []
+        """What was done otherwise than by the sweep's rules, and why."""
+        self._loss = loss
+        self._examples_at_once = examples_at_once
+        self._directions_at_once = directions_at_once
+        self._sweeps = True
+        self._checked = False
+
+    def sweep(self, inputs: Inputs, labels: Tensor, directions: Sequence[Direction], first: int = 0) -> Forms:
+        """``vᵀ H v`` and Gauss-Newton of every example along every direction.
+
+        Args:
+            inputs, labels: a batch.
+            directions: each a mapping from the index of a leaf (:attr:`Weights.leaves`) to V.
+            first: number of the first example, for messages.
+        """
+        parts = []
+        for at, some_inputs, some_labels, together in self._chunks(inputs, labels, len(directions)):
+            parts.append(self._swept(some_inputs, some_labels, directions, together, first + at))
+        return Forms.joined(parts)
+
+    def products(
+        self,
+        inputs: Inputs,
+        labels: Tensor,
+        directions: Sequence[Direction],
+        *,
+        steps: int | None = None,
+        first: int = 0,
+    ) -> Forms:
+        """``vᵀ H v``, ``‖H v‖`` and, with Lanczos steps, ``vᵀ H⁺ v``; the first is of the same value as :meth:`sweep`."""
+        size = self._examples_at_once or PRODUCT_EXAMPLES
+        parts = []
+        for at in range(0, len(labels), size):
+            some = some_examples(inputs, len(labels), at, at + size)
+            parts.append(self._multiplied(some, labels[at : at + size], directions, steps, first + at))
+        return Forms.joined(parts)
+
+    def _swept(
+        self, inputs: Inputs, labels: Tensor, directions: Sequence[Direction], together: int, first: int
+    ) -> Forms:
+        if not self._sweeps:
+            return self._differentiated(inputs, labels, directions, first)
+        try:
+            tape, losses = self._record(inputs, labels, first)
+            if not prepare(tape, directions, losses):
+                # Examples that don't lie one after the other can't be told apart.
+                return self._one_by_one(inputs, labels, lambda i, y, n: self._swept(i, y, directions, together, n), first)
+            gauss_newton = torch.zeros(len(directions), len(labels), dtype=torch.float64, device=labels.device)
+            hessian, slopes = gauss_newton.clone(), gauss_newton.clone()
+
+            def head(moving: Sequence[int], tangents: Tensor) -> None:
+                found = self._loss.curvature(tape.logits, labels, tangents)
+                for total, value in zip((hessian, gauss_newton, slopes), found, strict=True):
+                    total[list(moving)] = value
+
+            hessian += sweep(tape, directions, len(labels), head, at_once=together)
+        except Untraceable as problem:
+            self._sweeps = False
+            self._note(f"{problem}: all derivatives are taken by autograd, one example at a time")
+            return self._differentiated(inputs, labels, directions, first)
+        for name in sorted(unruled(tape)):
+            self._note(f"{name} has no rule: autograd differentiates it along each direction")
+        if not self._checked and not self._agrees(tape, losses, directions, hessian, slopes):
+            self._sweeps = False
+            self._note("the sweep and autograd differ on the first examples: all derivatives are taken by autograd")
+            return self._differentiated(inputs, labels, directions, first)
+        return Forms(losses.detach().double().cpu(), hessian.t().cpu(), gauss_newton.t().cpu())
+
+    def _agrees(
+        self, tape: Tape, losses: Tensor, directions: Sequence[Direction], hessian: Tensor, slopes: Tensor
+    ) -> bool:
+        """Compare with autograd: all first derivatives, and the second of the direction that passes the most operations.
+
+        Catches what no rule can know: an operation that autograd treats in a way of its own, or a wrong rule.
+        """
+        self._checked = True
+        tolerance = 1e-3 if losses.dtype == torch.float32 else 1e-8
+        gradients = torch.autograd.grad(losses.sum(), self.weights.leaves, create_graph=True, allow_unused=True)
+
+        def along(direction: Direction, vectors: Sequence[Tensor | None]) -> tuple[float, float]:
+            """Inner product with V, and the largest that it could be."""
+            pairs = [(v.double(), g.double()) for i, v in direction.items() if (g := vectors[i]) is not None]
+            inner = sum((v * g).sum().item() for v, g in pairs)
+            return inner, sum(v.norm().item() * g.norm().item() for v, g in pairs)
+
+        with torch.no_grad():
+            for direction, slope in zip(directions, slopes, strict=True):
+                expected, scale = along(direction, gradients)
+                if abs(slope.sum().item() - expected) > tolerance * scale:
+                    return False
+        d = first_to_join(tape, directions)
+        moving = [i for i in directions[d] if gradients[i] is not None and gradients[i].requires_grad]  # type: ignore[union-attr]
+        if not moving:
+            return True
+        try:
+            bent = torch.autograd.grad(
+                [gradients[i] for i in moving], self.weights.leaves, [directions[d][i] for i in moving],
+                allow_unused=True, retain_graph=True,
+            )  # fmt: skip
+        except (RuntimeError, NotImplementedError):
+            return True  # An operation that only the sweep knows how to differentiate twice.
+        expected, scale = along(directions[d], bent)
+        return abs(hessian[d].sum().item() - expected) <= tolerance * scale
+
+    def _multiplied(
+        self, inputs: Inputs, labels: Tensor, directions: Sequence[Direction], steps: int | None, first: int
+    ) -> Forms:
+        batch = len(labels)
+        uses: dict[int, Use] = {}
+        try:
+            tape, losses = self._record(inputs, labels, first)
+            for d, direction in enumerate(directions):
+                if len(direction) == 1:
+                    ((leaf, v),) = direction.items()
+                    use = find_use(tape, leaf, v, batch)
+                    if use is not None:
+                        uses[d] = use
+            uses = _separable(uses, losses)
+        except Untraceable:
+            losses = self._losses(inputs, labels, first)
+        found = dict(zip(uses, in_activation_space(list(uses.values()), losses, steps) if uses else [], strict=True))
+        rest = [d for d in range(len(directions)) if d not in found]
+        columns = {
+            d: [p.form, p.length, *([] if p.positive is None else [p.positive, p.gap])] for d, p in found.items()
+        }
+        if rest and batch == 1:
+            for d in rest:
+                leaves = [self.weights.leaves[i] for i in directions[d]]
+                p = in_weight_space(leaves, list(directions[d].values()), losses[0], steps)
+                columns[d] = [p.form, p.length, *([] if p.positive is None else [p.positive, p.gap])]
+        elif rest:
+            some = [directions[d] for d in rest]
+            forms = self._one_by_one(inputs, labels, lambda i, y, n: self._multiplied(i, y, some, steps, n), first)
+            for k, d in enumerate(rest):
+                tables = [forms.hessian, forms.length, *([] if steps is None else [forms.positive, forms.gap])]
+                columns[d] = [table[:, k] for table in tables]
+        tables = [torch.stack([columns[d][t].cpu() for d in range(len(directions))], 1) for t in range(len(columns[0]))]
+        hessian, length, positive, gap = (*tables, None, None)[:4]
+        return Forms(losses.detach().double().cpu(), hessian, None, length, positive, gap)
+
+    def _differentiated(self, inputs: Inputs, labels: Tensor, directions: Sequence[Direction], first: int) -> Forms:
+        """What the sweep gives, by autograd, one example at a time."""
+        if len(labels) > 1:
+            return self._one_by_one(inputs, labels, lambda i, y, n: self._differentiated(i, y, directions, n), first)
+        logits = self.weights.logits(inputs)
+        losses = self._finite(self._loss(logits, labels), first)
+        # The tangents of the logits by reversing the reverse pass.
+        dummy = torch.zeros_like(logits, requires_grad=True)
+        pulled = torch.autograd.grad(logits, self.weights.leaves, dummy, create_graph=True, allow_unused=True)
+        hessian, gauss_newton = [], []
+        for direction in directions:
+            leaves = [self.weights.leaves[i] for i in direction]
+            hessian.append(in_weight_space(leaves, list(direction.values()), losses[0], None).form)
+            used = [i for i in direction if pulled[i] is not None]
+            tangents = torch.zeros_like(logits)
+            if used:
+                (tangents,) = torch.autograd.grad(
+                    [pulled[i] for i in used], dummy, [direction[i] for i in used], retain_graph=True
+                )
+            gauss_newton.append(self._loss.curvature(logits, labels, tangents.unsqueeze(0))[1][0])
+        return Forms(losses.detach().double().cpu(), torch.stack(hessian, 1).cpu(), torch.stack(gauss_newton, 1).cpu())
+
+    def _record(self, inputs: Inputs, labels: Tensor, first: int) -> tuple[Tape, Tensor]:
+        tape = record(lambda: self.weights.logits(inputs), self.weights.leaves)
+        return tape, self._finite(self._loss(tape.logits, labels), first)
+
+    def _losses(self, inputs: Inputs, labels: Tensor, first: int) -> Tensor:
+        return self._finite(self._loss(self.weights.logits(inputs), labels), first)
+
+    def _finite(self, losses: Tensor, first: int) -> Tensor:
+        bad = (~losses.detach().isfinite()).nonzero()
+        if len(bad):
+            n = int(bad[0])
+            raise NonFiniteLoss(
+                f"the loss of example {first + n} is {losses[n].item()}: look at its inputs and label, and at the "
+                "model's weights (half-precision training may have made them infinite)"
+            )
+        return losses
+
+    def _chunks(
+        self, inputs: Inputs, labels: Tensor, directions: int
+    ) -> Iterator[tuple[int, Inputs, Tensor, int]]:
+        batch = len(labels)
+        examples, together = self._examples_at_once, self._directions_at_once
+        if (examples is None or together is None) and self._sweeps:
+            try:
+                one = some_examples(inputs, batch, 0, 1)
+                width = widest(record(lambda: self.weights.logits(one), self.weights.leaves), len(self.weights.leaves))
+            except Untraceable:
+                width = 1
+            budget = _budget(labels.device)
+            examples = examples or max(1, min(batch, budget // (width * min(directions, DIRECTIONS))))
+            together = together or max(1, budget // (width * examples))
+        examples = examples or batch
+        for at in range(0, batch, examples):
+            end = min(batch, at + examples)
+            yield at, some_examples(inputs, batch, at, end), labels[at:end], together or directions
+
+    def _one_by_one(self, inputs: Inputs, labels: Tensor, measure: object, first: int) -> Forms:
+        batch = len(labels)
+        return Forms.joined([
+            measure(some_examples(inputs, batch, n, n + 1), labels[n : n + 1], first + n)  # type: ignore[operator]
+            for n in range(batch)
+        ])
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            logger.warning("curvature: %s", text)
+
+
+def _separable(uses: dict[int, Use], losses: Tensor) -> dict[int, Use]:
+    """Those whose output has the examples one after the other."""
+    if len(losses) == 1 or not uses:
+        return uses
+    alone = torch.autograd.grad(losses[0], [use.out for use in uses.values()], retain_graph=True)
+    return {d: use for (d, use), adjoint in zip(uses.items(), alone, strict=True) if leading_share(adjoint, len(losses))}
+
+
+def _budget(device: torch.device) -> int:
+    """Elements of a tensor with all its directions."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * GPU_SHARE / 4)
+    return CPU_ELEMENTS

@@ -1,0 +1,154 @@
+"""A model as the measurement needs it: eval mode, float32 or better, attention that can be differentiated twice."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
+
+from ..corrected_loss import find_logits
+from .directions import Group
+
+Inputs = Mapping[str, Any] | tuple[Any, ...]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Without DDP or torch.compile around it."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Put a model into the state that it is measured in, and back, also after an error.
+
+    Eval mode; attention by ``sdpa`` (or ``eager``, where the model has no sdpa) with the kernels that autograd can
+    differentiate twice; no autocast; no TF32 in convolutions.
+    """
+    training = {module: module.training for module in model.modules()}
+    configs = {
+        id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)
+    }
+    attention = {key: config._attn_implementation_internal for key, config in configs.items()}
+    device = next(model.parameters()).device.type
+    try:
+        model.eval()
+        if any(name not in ("sdpa", "eager", None) for name in attention.values()):
+            _decompose_attention(model)
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            torch.autocast(device, enabled=False),
+            torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
+        ):
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for key, config in configs.items():
+            config._attn_implementation_internal = attention[key]
+
+
+def _decompose_attention(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            try:
+                module.set_attn_implementation("sdpa")
+            except ValueError:
+                module.set_attn_implementation("eager")
+
+
+class Weights:
+    """The weights of some groups as leaves of their own: the model's parameters are never touched.
+
+    Half-precision models are measured in float32, on copies; all else shares its memory with the model.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[Group]) -> None:
+        self._model = model
+        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        self.dtype = torch.float64 if any(t.dtype == torch.float64 for _, t in tensors) else torch.float32
+        self._half = (torch.float16, torch.bfloat16)
+        copies: dict[int, Tensor] = {}  # tied tensors stay tied
+        self._state: dict[str, Tensor] = {}
+        for name, tensor in tensors:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = self.raised(tensor.detach())
+            self._state[name] = copies[id(tensor)]
+        self.leaves: list[Tensor] = []
+        """With a gradient; the groups' members in order."""
+        self.members: list[list[int]] = []
+        """For each group, which leaves are its own."""
+        self.names: list[str] = []
+        for group in groups:
+            self.members.append([])
+            for layer in group.members:
+                leaf = self.raised(layer.parameter.detach()).requires_grad_()
+                for name in (layer.name, *layer.tied):
+                    self._state[name] = leaf
+                self.members[-1].append(len(self.leaves))
+                self.leaves.append(leaf)
+                self.names.append(layer.name)
+        # A cache of keys and values is of no use here, and its bookkeeping only costs.
+        accepted = inspect.signature(model.forward).parameters
+        self._extra: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+
+    def directions(self, ways: Mapping[str, Tensor]) -> list[dict[int, Tensor]]:
+        """For each group the index of its leaves → V."""
+        return [
+            {i: ways[self.names[i]].to(self.leaves[i]) for i in members} for members in self.members
+        ]
+
+    def raised(self, value: Any) -> Any:
+        """A tensor in the precision of the measurement, if it has less."""
+        if isinstance(value, Tensor) and value.dtype in self._half:
+            return value.to(self.dtype)
+        return value
+
+    def logits(self, inputs: Inputs) -> Tensor:
+        """The model's logits, as a function of the leaves."""
+        args = () if isinstance(inputs, Mapping) else tuple(self.raised(value) for value in inputs)
+        named = {key: self.raised(value) for key, value in inputs.items()} if isinstance(inputs, Mapping) else {}
+        return find_logits(torch.func.functional_call(self._model, self._state, args, {**self._extra, **named}))
+
+
+def split_batch(batch: Any, model: nn.Module) -> tuple[Inputs, Tensor]:
+    """Inputs and labels of a batch, on the model's device.
+
+    Raises:
+        ValueError: no labels, or a batch that is neither a mapping nor a pair of inputs and labels.
+    """
+    device = next(model.parameters()).device
+    if isinstance(batch, Mapping):
+        name = next((n for n in ("labels", "label") if n in batch), None)
+        if name is None:
+            raise ValueError(f"batch has the keys {sorted(batch)}; it needs 'labels', one for each example")
+        inputs: Inputs = {key: _to(value, device) for key, value in batch.items() if key != name}
+        return inputs, _to(batch[name], device)
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, labels = batch
+        if isinstance(inputs, Mapping):
+            return {key: _to(value, device) for key, value in inputs.items()}, _to(labels, device)
+        return (_to(inputs, device),), _to(labels, device)
+    raise ValueError(f"batch is a {type(batch).__name__}; give a mapping with 'labels', or a pair (inputs, labels)")
+
+
+def some_examples(inputs: Inputs, examples: int, first: int, end: int) -> Inputs:
+    """A part of a batch: of every tensor that has one row for each example."""
+
+    def cut(value: Any) -> Any:
+        whole = isinstance(value, Tensor) and value.dim() > 0 and len(value) == examples
+        return value[first:end] if whole else value
+
+    if isinstance(inputs, Mapping):
+        return {key: cut(value) for key, value in inputs.items()}
+    return tuple(cut(value) for value in inputs)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

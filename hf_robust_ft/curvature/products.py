@@ -1,0 +1,192 @@
+"""Hessian-vector products by autograd: for the positive part, and for models that the sweep can't follow.
+
+For one weight that is used once, by an operation that is linear in it, ``a = X W``, the Hessian of one example is
+``H = Xᵀ H_a X`` with H_a the Hessian in that operation's output. So products of all examples of a batch come from
+one second backward pass each layer, in activation space. Everything else (groups, tied weights, weights that an
+unknown operation reads) takes products in weight space, one example at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .lanczos import positive_part
+from .tape import Op, Tape, aten
+
+_REARRANGED = {aten.t, aten.transpose, aten.view, aten._unsafe_view, aten.permute, aten.clone, aten.alias}
+
+
+@dataclass
+class Use:
+    """The one operation that reads a weight, ``a = X W``, by rows."""
+
+    out: Tensor
+    """a, with autograd's graph."""
+    inputs: Tensor
+    """X, [examples, rows, in]."""
+    direction: Tensor
+    """V as X meets it, [1 or examples, in, out]."""
+    rows: Callable[[Tensor], Tensor]
+    """Shape of a → [examples, rows, out]."""
+    unrows: Callable[[Tensor], Tensor]
+    """The way back."""
+
+
+@dataclass
+class Products:
+    """For each example, [examples] in float64."""
+
+    form: Tensor
+    """``vᵀ H v``."""
+    length: Tensor
+    """``‖H v‖``."""
+    positive: Tensor | None
+    """``vᵀ H⁺ v`` by Lanczos, where asked for."""
+    gap: Tensor | None
+
+
+def find_use(tape: Tape, weight: int, direction: Tensor, examples: int) -> Use | None:
+    """How a weight is used; None if more than once, or by an operation that has no rows."""
+    readers: dict[int, list[Op]] = {}
+    for op in tape.ops:
+        for slot in op.slots:
+            if slot is not None:
+                readers.setdefault(slot, []).append(op)
+    slot, moved = weight, direction
+    while True:
+        found = readers.get(slot, [])
+        if len(found) != 1:
+            return None
+        (op,) = found
+        if op.packet not in _REARRANGED:
+            break
+        moved, slot = op.call({0: moved}), op.out_slots[0]
+    if op.out_slots[0] in tape.overwritten:
+        return None
+    place = op.slots.index(slot)
+    out = op.outs[0]
+    if (op.packet, place) in ((aten.mm, 1), (aten.addmm, 2)) and len(out) % examples == 0:
+        x = op.value(place - 1)
+        if op.kwargs.get("alpha", 1) != 1:
+            return None
+        return Use(
+            out, x.view(examples, -1, x.shape[1]), moved.unsqueeze(0),
+            lambda a: a.reshape(examples, -1, a.shape[-1]), lambda r: r.reshape(out.shape),
+        )  # fmt: skip
+    if (op.packet, place) == (aten.embedding, 0) and len(out) == examples:
+        return _lookup(op, out, moved)
+    if (op.packet, place) == (aten.convolution, 1) and out.dim() == 4 and len(out) == examples:
+        return _patches(op, out, moved)
+    return None
+
+
+def _lookup(op: Op, out: Tensor, direction: Tensor) -> Use:
+    """An embedding: X has a column for each different token of an example, 1 where it stands."""
+    examples = len(out)
+    ids = op.leaves[1].reshape(examples, -1)
+    padding = op.args[2] if len(op.args) > 2 else -1
+    # Position of the first occurrence stands for the token: as many columns as positions, the others zero.
+    same = ids.unsqueeze(2) == ids.unsqueeze(1)
+    first = same.to(torch.uint8).argmax(2)
+    hot = F.one_hot(first, ids.shape[1]).to(out.dtype)
+    present = (first == torch.arange(ids.shape[1], device=ids.device)).unsqueeze(-1)
+    if padding >= 0:
+        hot = hot * (ids != padding).unsqueeze(-1)
+        present = present & (ids != padding).unsqueeze(-1)
+    return Use(
+        out, hot, direction[ids] * present,
+        lambda a: a.reshape(examples, -1, a.shape[-1]), lambda r: r.reshape(out.shape),
+    )  # fmt: skip
+
+
+def _patches(op: Op, out: Tensor, direction: Tensor) -> Use | None:
+    """A two-dimensional convolution: the rows of X are patches."""
+    _, _, _, stride, padding, dilation, transposed, _, groups = op.args
+    if transposed or groups != 1:
+        return None
+    kernel = tuple(direction.shape[2:])
+    x = F.unfold(op.value(0), kernel, tuple(dilation), tuple(padding), tuple(stride)).transpose(1, 2)
+    examples, channels, *spatial = out.shape
+    return Use(
+        out, x, direction.flatten(1).t().unsqueeze(0),
+        lambda a: a.reshape(examples, channels, -1).transpose(1, 2),
+        lambda r: r.transpose(1, 2).reshape(examples, channels, *spatial),
+    )  # fmt: skip
+
+
+def in_activation_space(uses: Sequence[Use], losses: Tensor, steps: int | None) -> list[Products]:
+    """Products for some weights that are used once each, all examples of the batch together.
+
+    Args:
+        uses: one each layer.
+        losses: [examples], with autograd's graph.
+        steps: of Lanczos; None leaves the positive part out.
+    """
+    gradients = torch.autograd.grad(losses.sum(), [use.out for use in uses], create_graph=True)
+    return [_of_use(use, gradient, steps) for use, gradient in zip(uses, gradients, strict=True)]
+
+
+def _of_use(use: Use, gradient: Tensor, steps: int | None) -> Products:
+    def bend(rows: Tensor) -> Tensor:  # H_a times rows
+        if not gradient.requires_grad:
+            return torch.zeros_like(rows)
+        (found,) = torch.autograd.grad(gradient, use.out, use.unrows(rows), retain_graph=True, allow_unused=True)
+        return torch.zeros_like(rows) if found is None else use.rows(found)
+
+    x, v = use.inputs, use.direction
+    moved = x @ v
+    bent = bend(moved)
+    form = (moved * bent).flatten(1).sum(1, dtype=torch.float64)
+    rows, width, out = x.shape[1], x.shape[2], bent.shape[2]
+    if rows * (width + out) < width * out:  # ‖Xᵀ b‖² = ⟨X Xᵀ, b bᵀ⟩, where that is less work
+        square = ((x @ x.transpose(1, 2)) * (bent @ bent.transpose(1, 2))).flatten(1).sum(1, dtype=torch.float64)
+    else:
+        square = (x.transpose(1, 2) @ bent).flatten(1).square().sum(1, dtype=torch.float64)
+    length = square.clamp(min=0).sqrt()
+    if steps is None:
+        return Products(form, length, None, None)
+    # H sees nothing outside the span of X's rows. In an orthonormal basis of it the vectors are short.
+    if rows < width:
+        basis = torch.linalg.qr(x.transpose(1, 2)).Q
+        x, v = x @ basis, basis.transpose(1, 2) @ v
+    start = v.expand(len(x), -1, -1)
+    positive, gap = positive_part(lambda w: x.transpose(1, 2) @ bend(x @ w), start, steps)
+    return Products(form, length, positive, gap)
+
+
+def in_weight_space(
+    weights: Sequence[Tensor], direction: Sequence[Tensor], loss: Tensor, steps: int | None
+) -> Products:
+    """Products for one group of weights and one example.
+
+    Args:
+        weights: leaves that require a gradient.
+        direction: V, one each weight.
+        loss: a scalar, with autograd's graph.
+    """
+    gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+    used = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
+    curved = [gradients[i] for i in used]
+    sizes = [weights[i].numel() for i in range(len(weights))]
+
+    def bend(vector: Tensor) -> Tensor:  # [1, P]
+        parts = vector[0].split(sizes)
+        if not used:
+            return torch.zeros_like(vector)
+        found = torch.autograd.grad(
+            curved, weights, [parts[i].view_as(weights[i]) for i in used], retain_graph=True, allow_unused=True
+        )
+        flat = [torch.zeros_like(w) if f is None else f for f, w in zip(found, weights, strict=True)]
+        return torch.cat([f.reshape(-1) for f in flat]).unsqueeze(0)
+
+    v = torch.cat([d.reshape(-1) for d in direction]).unsqueeze(0)
+    bent = bend(v)
+    form, length = (v * bent).sum(1, dtype=torch.float64), bent.double().norm(dim=1)
+    if steps is None:
+        return Products(form, length, None, None)
+    return Products(form, length, *positive_part(bend, v, steps))

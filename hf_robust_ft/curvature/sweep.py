@@ -1,0 +1,161 @@
+"""The tangent sweep with adjoints: exact ``v_iᵀ H_i v_i`` for all layers and examples at once.
+
+Put the weights on a line for each direction i, ``W + s V_i``. Then, for the loss ℓ_n of one example,
+
+    ∂²ℓ_n/∂s_i² = z1ᵀ ∇²ℓ_n(z) z1 + Σ over operations f of ⟨ā_f, D²f[x1, x1]⟩
+
+with x1 the tangents of an operation's inputs, z1 those of the logits, and ā_f the gradient of the loss in f's
+output. One backward pass gives every ā_f; one forward sweep over the tape carries all tangents, a direction
+joining where its weight is used. Cost: half a forward pass a layer, and what the elementwise work adds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .rules import Local, needs_adjoint, rule_of, without_rule
+from .tangent import Tangent
+from .tape import Tape, Untraceable
+
+Direction = Mapping[int, Tensor]
+"""Index of a weight on the tape → V, of the weight's shape. Several weights: they move together."""
+Head = Callable[[Sequence[int], Tensor], None]
+"""Takes the logits' tangents: some directions, and [directions, examples, …]."""
+
+
+def prepare(tape: Tape, directions: Sequence[Direction], losses: Tensor) -> bool:
+    """Give each operation that has curvature the adjoint of its output.
+
+    Args:
+        tape: of the logits that the losses were computed from.
+        losses: [examples], with autograd's graph.
+
+    Returns:
+        Whether every adjoint has the examples one after the other in memory, so that :func:`sweep` can tell
+        them apart. If not, only a batch of one example can be swept.
+    """
+    reach = _reach(tape, directions)
+    curved = [op for op in tape.ops if needs_adjoint(op, reach)]
+    if any(op.out_slots[0] in tape.overwritten for op in curved):
+        raise Untraceable("the result of a non-linear operation is changed in place")
+    if not curved:
+        return True
+    outs = [op.outs[0] for op in curved]
+    adjoints = torch.autograd.grad(losses.sum(), outs, retain_graph=True, allow_unused=True)
+    for op, adjoint in zip(curved, adjoints, strict=True):
+        if adjoint is None:
+            raise Untraceable(f"autograd finds no way from {op.func} to the loss")
+        op.adjoint = adjoint
+    if len(losses) == 1:
+        return True
+    # Only the first example's share of each output may matter for the first example's loss.
+    alone = torch.autograd.grad(losses[0], outs, retain_graph=True)
+    return all(leading_share(adjoint, len(losses)) for adjoint in alone)
+
+
+def leading_share(adjoint: Tensor, examples: int) -> bool:
+    """Whether a gradient of the first example's loss is zero outside its share of the leading dimension."""
+    if adjoint.dim() == 0 or adjoint.shape[0] % examples:
+        return False
+    return not adjoint[adjoint.shape[0] // examples :].any()
+
+
+def sweep(tape: Tape, directions: Sequence[Direction], examples: int, head: Head, *, at_once: int) -> Tensor:
+    """The local terms, [directions, examples]; the logits' tangents go to ``head``.
+
+    Args:
+        tape: after :func:`prepare`.
+        at_once: how many directions travel together; memory and cache use grow with it, results don't change.
+    """
+    order = _order(tape, directions)
+    local = Local(torch.zeros(len(directions), examples, dtype=torch.float64, device=tape.logits.device))
+    for first in range(0, len(order), at_once):
+        chosen = order[first : first + at_once]
+        tangents = _sweep(tape, [directions[d] for d in chosen], local.part(first, first + len(chosen)))
+        if tangents is not None:
+            head([chosen[d] for d in tangents.directions], tangents.data)
+    values = torch.empty_like(local.values)
+    values[order] = local.values
+    return values
+
+
+def _sweep(tape: Tape, directions: Sequence[Direction], local: Local) -> Tangent | None:
+    tangents = _leaves(directions)
+    readers = Counter(slot for op in tape.ops for slot in op.slots if slot is not None)
+    for op in tape.ops:
+        moving = {i: tangents[slot] for i, slot in enumerate(op.slots) if slot in tangents}
+        for slot in op.slots:
+            if slot is not None:
+                readers[slot] -= 1
+                if not readers[slot] and slot != tape.logits_slot:
+                    tangents.pop(slot, None)
+        if moving:
+            rule = rule_of(op) or without_rule
+            for slot, tangent in zip(op.out_slots, rule(op, moving, local), strict=True):
+                if slot is not None and tangent is not None and (readers[slot] or slot == tape.logits_slot):
+                    tangents[slot] = tangent
+    return tangents.get(tape.logits_slot)  # type: ignore[arg-type]
+
+
+def _leaves(directions: Sequence[Direction]) -> dict[int, Tangent]:
+    along: dict[int, list[int]] = {}
+    for d, direction in enumerate(directions):
+        for weight in direction:
+            along.setdefault(weight, []).append(d)
+    return {w: Tangent(tuple(ds), torch.stack([directions[d][w] for d in ds])) for w, ds in along.items()}
+
+
+def _order(tape: Tape, directions: Sequence[Direction]) -> list[int]:
+    """Directions by where they join, so that those of a tensor are mostly neighbours."""
+    first: dict[int, int] = {}
+    for place, op in enumerate(tape.ops):
+        for slot in op.slots:
+            if slot is not None:
+                first.setdefault(slot, place)
+    end = len(tape.ops)
+    return sorted(range(len(directions)), key=lambda d: min((first.get(w, end) for w in directions[d]), default=end))
+
+
+def _reach(tape: Tape, directions: Sequence[Direction]) -> dict[int, int]:
+    """For each slot the directions along which it moves, as a bit set."""
+    reach: dict[int, int] = Counter()
+    for d, direction in enumerate(directions):
+        for weight in direction:
+            reach[weight] |= 1 << d
+    for op in tape.ops:
+        moving = 0
+        for slot in op.slots:
+            if slot is not None:
+                moving |= reach[slot]
+        for slot in op.out_slots:
+            if slot is not None:
+                reach[slot] = moving
+    return reach
+
+
+def first_to_join(tape: Tape, directions: Sequence[Direction]) -> int:
+    """The direction that passes the most operations, of those that move at all."""
+    order = _order(tape, directions)
+    return next((d for d in order if any(v.any() for v in directions[d].values())), order[0])
+
+
+def widest(tape: Tape, weights: int) -> int:
+    """Elements of the largest tensor that all directions may reach: not those that are a weight, only rearranged."""
+    single = set(range(weights))
+    most = 1
+    for op in tape.ops:
+        tensors = [slot for slot, leaf in zip(op.slots, op.leaves, strict=True) if isinstance(leaf, Tensor)]
+        if single.issuperset(tensors):
+            single.update(slot for slot in op.out_slots if slot is not None)
+        else:
+            most = max([most, *(out.numel() for out in op.outs if isinstance(out, Tensor))])
+    return most
+
+
+def unruled(tape: Tape) -> set[str]:
+    """Names of the operations that have no rule of their own."""
+    return {str(op.func) for op in tape.ops if rule_of(op) is None}

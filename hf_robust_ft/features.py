@@ -60,9 +60,7 @@ def make_corrected_loss(
     if len(label_names) > 1:
         raise ValueError(f"loss_correction needs one label, but label_names is {label_names}; name the one to correct")
     kind = loss_type(model)
-    loss = CorrectedLoss(
-        correction, transition, num_classes=_num_classes(model, kind), shift=kind == "ForCausalLM"
-    )
+    loss = CorrectedLoss(correction, transition, num_classes=_num_classes(model, kind), shift=kind == "ForCausalLM")
     if correction == "backward" and loss.matrices is not None:
         inverse = loss.matrices[1]
         if inverse.condition_number > WARN_CONDITION_NUMBER:

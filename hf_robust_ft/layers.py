@@ -39,7 +39,7 @@ class Layer:
     """Other names of the same parameter."""
 
     def matches(self, pattern: str) -> bool:
-        """Whether a pattern with ``*`` and ``?`` is the whole name of the parameter or of its module, also a tied one."""
+        """Whether a pattern (``*`` and ``?``) is the whole name of the parameter or of its module, also a tied one."""
         names = (self.name, *self.tied)
         return any(fnmatchcase(name, pattern) for name in (*names, *(name.rpartition(".")[0] for name in names)))
 

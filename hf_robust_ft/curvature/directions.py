@@ -101,3 +101,9 @@ def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Modu
             "that this model started from (its state_dict before training), or leave these layers out with layers="
         )
     return ways
+
+
+def lengths_of(directions: Sequence[Mapping[int, Tensor]]) -> Tensor:
+    """``‖v‖`` of each direction, float64 on the CPU."""
+    squares = [sum(v.double().square().sum().item() for v in direction.values()) for direction in directions]
+    return torch.tensor(squares, dtype=torch.float64).sqrt()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from .directions import Group
 from .loss import ExampleLoss
 from .model import Inputs, Weights, some_examples
-from .products import Use, find_use, in_activation_space, in_weight_space
-from .sweep import Direction, first_to_join, leading_share, prepare, sweep, unruled, widest
+from .products import Products, Use, find_use, in_activation_space, in_weight_space
+from .sweep import Direction, first_to_join, prepare, separable, sweep, unruled, widest
 from .tape import Tape, Untraceable, record
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,10 @@ class NonFiniteLoss(ValueError):
     """The loss of an example is infinite or NaN."""
 
 
+class NotTwiceDifferentiable(RuntimeError):
+    """Autograd has no second derivative for an operation of the model."""
+
+
 @dataclass
 class Forms:
     """Second derivatives of each example's loss along each direction, [examples, directions], float64."""
@@ -46,16 +51,26 @@ class Forms:
     gauss_newton: Tensor | None = None
     length: Tensor | None = None
     """``‖H v‖``."""
+    reach: Tensor | None = None
+    """``‖P v‖``, P a projection with ``P H = H``."""
     positive: Tensor | None = None
     """``vᵀ H⁺ v``."""
     gap: Tensor | None = None
     """What half the Lanczos steps would have changed."""
 
+    def tables(self) -> dict[str, Tensor]:
+        """What there is, [examples, directions] each, by name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "losses"}
+        return {name: table for name, table in found.items() if table is not None}
+
     @staticmethod
     def joined(parts: Sequence[Forms]) -> Forms:
         """Of several groups of examples."""
-        found = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Forms)}
-        return Forms(**{name: None if values[0] is None else torch.cat(values) for name, values in found.items()})
+        tables = [part.tables() for part in parts]
+        return Forms(
+            losses=torch.cat([part.losses for part in parts]),
+            **{name: torch.cat([table[name] for table in tables]) for name in tables[0]},
+        )
 
 
 class Engine:
@@ -85,6 +100,7 @@ class Engine:
         self._directions_at_once = directions_at_once
         self._sweeps = True
         self._checked = False
+        self._separable: bool | None = None
 
     def sweep(self, inputs: Inputs, labels: Tensor, directions: Sequence[Direction], first: int = 0) -> Forms:
         """``vᵀ H v`` and Gauss-Newton of every example along every direction.
@@ -108,12 +124,13 @@ class Engine:
         steps: int | None = None,
         first: int = 0,
     ) -> Forms:
-        """``vᵀ H v``, ``‖H v‖`` and, with Lanczos steps, ``vᵀ H⁺ v``; the first is of the same value as :meth:`sweep`."""
+        """``vᵀ H v`` (as in :meth:`sweep`), ``‖H v‖``, ``‖P v‖`` and, with Lanczos steps, ``vᵀ H⁺ v``."""
         size = self._examples_at_once or PRODUCT_EXAMPLES
         parts = []
         for at in range(0, len(labels), size):
             some = some_examples(inputs, len(labels), at, at + size)
-            parts.append(self._multiplied(some, labels[at : at + size], directions, steps, first + at))
+            with _twice():
+                parts.append(self._multiplied(some, labels[at : at + size], directions, steps, first + at))
         return Forms.joined(parts)
 
     def _swept(
@@ -123,9 +140,13 @@ class Engine:
             return self._differentiated(inputs, labels, directions, first)
         try:
             tape, losses = self._record(inputs, labels, first)
-            if not prepare(tape, directions, losses):
-                # Examples that don't lie one after the other can't be told apart.
-                return self._one_by_one(inputs, labels, lambda i, y, n: self._swept(i, y, directions, together, n), first)
+            curved = prepare(tape, directions, losses)
+            if self._separable is None and len(labels) > 1:
+                self._separable = all(separable([op.outs[0] for op in curved], losses))
+            if len(labels) > 1 and not self._separable:
+                return self._one_by_one(
+                    inputs, labels, lambda i, y, n: self._swept(i, y, directions, together, n), first
+                )
             gauss_newton = torch.zeros(len(directions), len(labels), dtype=torch.float64, device=labels.device)
             hessian, slopes = gauss_newton.clone(), gauss_newton.clone()
 
@@ -150,12 +171,14 @@ class Engine:
     def _agrees(
         self, tape: Tape, losses: Tensor, directions: Sequence[Direction], hessian: Tensor, slopes: Tensor
     ) -> bool:
-        """Compare with autograd: all first derivatives, and the second of the direction that passes the most operations.
+        """Compare with autograd: all first derivatives, and the second along what passes the most operations.
 
         Catches what no rule can know: an operation that autograd treats in a way of its own, or a wrong rule.
         """
         self._checked = True
-        tolerance = 1e-3 if losses.dtype == torch.float32 else 1e-8
+        # Some models take a softmax or a norm in float32 even where all else is float64.
+        exact = all(out.dtype == torch.float64 for op in tape.ops for out in op.outs if isinstance(out, Tensor))
+        tolerance = 1e-8 if exact else 1e-3
         gradients = torch.autograd.grad(losses.sum(), self.weights.leaves, create_graph=True, allow_unused=True)
 
         def along(direction: Direction, vectors: Sequence[Tensor | None]) -> tuple[float, float]:
@@ -170,7 +193,7 @@ class Engine:
                 if abs(slope.sum().item() - expected) > tolerance * scale:
                     return False
         d = first_to_join(tape, directions)
-        moving = [i for i in directions[d] if gradients[i] is not None and gradients[i].requires_grad]  # type: ignore[union-attr]
+        moving = [i for i in directions[d] if gradients[i] is not None and gradients[i].requires_grad]
         if not moving:
             return True
         try:
@@ -196,28 +219,24 @@ class Engine:
                     use = find_use(tape, leaf, v, batch)
                     if use is not None:
                         uses[d] = use
-            uses = _separable(uses, losses)
+            apart = separable([use.out for use in uses.values()], losses)
+            uses = {d: use for (d, use), alone in zip(uses.items(), apart, strict=True) if alone}
         except Untraceable:
             losses = self._losses(inputs, labels, first)
-        found = dict(zip(uses, in_activation_space(list(uses.values()), losses, steps) if uses else [], strict=True))
-        rest = [d for d in range(len(directions)) if d not in found]
-        columns = {
-            d: [p.form, p.length, *([] if p.positive is None else [p.positive, p.gap])] for d, p in found.items()
-        }
-        if rest and batch == 1:
-            for d in rest:
-                leaves = [self.weights.leaves[i] for i in directions[d]]
-                p = in_weight_space(leaves, list(directions[d].values()), losses[0], steps)
-                columns[d] = [p.form, p.length, *([] if p.positive is None else [p.positive, p.gap])]
+        found = in_activation_space(list(uses.values()), losses, steps) if uses else []
+        columns = {d: _column(product) for d, product in zip(uses, found, strict=True)}
+        rest = [d for d in range(len(directions)) if d not in columns]
+        some = [directions[d] for d in rest]
+        if batch == 1:
+            for d, direction in zip(rest, some, strict=True):
+                leaves = [self.weights.leaves[i] for i in direction]
+                columns[d] = _column(in_weight_space(leaves, list(direction.values()), losses[0], steps))
         elif rest:
-            some = [directions[d] for d in rest]
             forms = self._one_by_one(inputs, labels, lambda i, y, n: self._multiplied(i, y, some, steps, n), first)
             for k, d in enumerate(rest):
-                tables = [forms.hessian, forms.length, *([] if steps is None else [forms.positive, forms.gap])]
-                columns[d] = [table[:, k] for table in tables]
-        tables = [torch.stack([columns[d][t].cpu() for d in range(len(directions))], 1) for t in range(len(columns[0]))]
-        hessian, length, positive, gap = (*tables, None, None)[:4]
-        return Forms(losses.detach().double().cpu(), hessian, None, length, positive, gap)
+                columns[d] = {name: table[:, k] for name, table in forms.tables().items()}
+        tables = {name: torch.stack([columns[d][name] for d in range(len(directions))], 1) for name in columns[0]}
+        return Forms(losses=losses.detach().double().cpu(), **tables)
 
     def _differentiated(self, inputs: Inputs, labels: Tensor, directions: Sequence[Direction], first: int) -> Forms:
         """What the sweep gives, by autograd, one example at a time."""
@@ -225,6 +244,10 @@ class Engine:
             return self._one_by_one(inputs, labels, lambda i, y, n: self._differentiated(i, y, directions, n), first)
         logits = self.weights.logits(inputs)
         losses = self._finite(self._loss(logits, labels), first)
+        with _twice():
+            return self._reversed(logits, losses, labels, directions)
+
+    def _reversed(self, logits: Tensor, losses: Tensor, labels: Tensor, directions: Sequence[Direction]) -> Forms:
         # The tangents of the logits by reversing the reverse pass.
         dummy = torch.zeros_like(logits, requires_grad=True)
         pulled = torch.autograd.grad(logits, self.weights.leaves, dummy, create_graph=True, allow_unused=True)
@@ -258,9 +281,7 @@ class Engine:
             )
         return losses
 
-    def _chunks(
-        self, inputs: Inputs, labels: Tensor, directions: int
-    ) -> Iterator[tuple[int, Inputs, Tensor, int]]:
+    def _chunks(self, inputs: Inputs, labels: Tensor, directions: int) -> Iterator[tuple[int, Inputs, Tensor, int]]:
         batch = len(labels)
         examples, together = self._examples_at_once, self._directions_at_once
         if (examples is None or together is None) and self._sweeps:
@@ -277,12 +298,13 @@ class Engine:
             end = min(batch, at + examples)
             yield at, some_examples(inputs, batch, at, end), labels[at:end], together or directions
 
-    def _one_by_one(self, inputs: Inputs, labels: Tensor, measure: object, first: int) -> Forms:
+    def _one_by_one(
+        self, inputs: Inputs, labels: Tensor, measure: Callable[[Inputs, Tensor, int], Forms], first: int
+    ) -> Forms:
         batch = len(labels)
-        return Forms.joined([
-            measure(some_examples(inputs, batch, n, n + 1), labels[n : n + 1], first + n)  # type: ignore[operator]
-            for n in range(batch)
-        ])
+        return Forms.joined(
+            [measure(some_examples(inputs, batch, n, n + 1), labels[n : n + 1], first + n) for n in range(batch)]
+        )
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -290,12 +312,24 @@ class Engine:
             logger.warning("curvature: %s", text)
 
 
-def _separable(uses: dict[int, Use], losses: Tensor) -> dict[int, Use]:
-    """Those whose output has the examples one after the other."""
-    if len(losses) == 1 or not uses:
-        return uses
-    alone = torch.autograd.grad(losses[0], [use.out for use in uses.values()], retain_graph=True)
-    return {d: use for (d, use), adjoint in zip(uses.items(), alone, strict=True) if leading_share(adjoint, len(losses))}
+def _column(product: Products) -> dict[str, Tensor]:
+    found = {"hessian": product.form, "length": product.length, "reach": product.reach}
+    if product.positive is not None and product.gap is not None:
+        found |= {"positive": product.positive, "gap": product.gap}
+    return {name: value.cpu() for name, value in found.items()}
+
+
+@contextlib.contextmanager
+def _twice() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if "is not implemented" not in str(error):
+            raise
+        raise NotTwiceDifferentiable(
+            f"autograd can't differentiate this model twice: {error}. Only kind='hessian' and 'gauss_newton' do "
+            "without, where the sweep has a rule for every operation"
+        ) from error
 
 
 def _budget(device: torch.device) -> int:

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 
 from ..corrected_loss import CorrectedLoss
 from ..layers import NotALayer
-from .directions import Layers, group_layers, travelled
+from .directions import Layers, group_layers, lengths_of, travelled
 from .engine import Engine, Forms, Kind
 from .loss import ExampleLoss, LossFunction
 from .model import measuring, split_batch, unwrapped
@@ -50,8 +49,7 @@ def layer_quadratic_forms(
     examples_at_once: int | None = None,
     directions_at_once: int | None = None,
 ) -> QuadraticForms:
-    """How sharply each example's loss bends along the way that each layer travelled.
-    """
+    """How sharply each example's loss bends along the way that each layer travelled."""
     if kind not in get_args(Kind):
         raise ValueError(f"kind is {kind!r}; choose one of {', '.join(get_args(Kind))}")
     model = unwrapped(model)
@@ -68,9 +66,8 @@ def layer_quadratic_forms(
             forms = engine.sweep(inputs, labels, directions)
         else:
             forms = engine.products(inputs, labels, directions, steps=lanczos_steps if kind == "hessian_psd" else None)
-        lengths = torch.tensor([_norm(direction.values()) for direction in directions], dtype=torch.float64)
     return QuadraticForms(
-        value_of(forms, kind, lengths), tuple(g.name for g in groups), kind, forms.losses, forms.gap,
+        value_of(forms, kind, lengths_of(directions)), tuple(g.name for g in groups), kind, forms.losses, forms.gap,
         tuple(left_out), tuple(engine.notes),
     )  # fmt: skip
 
@@ -87,7 +84,3 @@ def value_of(forms: Forms, kind: Kind, lengths: Tensor) -> Tensor:
         return (forms.hessian + lengths * forms.length) / 2
     assert forms.positive is not None
     return forms.positive
-
-
-def _norm(tensors: Any) -> float:
-    return sum(t.double().square().sum().item() for t in tensors) ** 0.5

@@ -56,7 +56,8 @@ def positive_part(product: Callable[[Tensor], Tensor], start: Tensor, steps: int
 def _quadrature(diagonal: Tensor, beside: Tensor) -> Tensor:
     off = torch.diag_embed(beside[:, :-1], 1)
     values, vectors = torch.linalg.eigh(torch.diag_embed(diagonal) + off + off.transpose(1, 2))
-    return (vectors[:, 0].square() * values.clamp(min=0)).sum(1)
+    total: Tensor = (vectors[:, 0].square() * values.clamp(min=0)).sum(1)
+    return total
 
 
 def _divided(vectors: Tensor, lengths: Tensor) -> Tensor:

@@ -29,16 +29,18 @@ def measuring(model: nn.Module) -> Iterator[None]:
     """Put a model into the state that it is measured in, and back, also after an error.
 
     Eval mode; attention by ``sdpa`` (or ``eager``, where the model has no sdpa) with the kernels that autograd can
-    differentiate twice; no autocast; no TF32 in convolutions.
+    differentiate twice; no autocast; no TF32 in convolutions; embeddings without a padding row.
     """
     training = {module: module.training for module in model.modules()}
-    configs = {
-        id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)
-    }
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
     attention = {key: config._attn_implementation_internal for key, config in configs.items()}
+    # A padding row has no gradient in training, but the loss depends on it like on any other.
+    padding = {module: module.padding_idx for module in model.modules() if type(module) is nn.Embedding}
     device = next(model.parameters()).device.type
     try:
         model.eval()
+        for embedding in padding:
+            embedding.padding_idx = None
         if any(name not in ("sdpa", "eager", None) for name in attention.values()):
             _decompose_attention(model)
         with (
@@ -50,6 +52,8 @@ def measuring(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+        for embedding, row in padding.items():
+            embedding.padding_idx = row
         for key, config in configs.items():
             config._attn_implementation_internal = attention[key]
 
@@ -100,9 +104,7 @@ class Weights:
 
     def directions(self, ways: Mapping[str, Tensor]) -> list[dict[int, Tensor]]:
         """For each group the index of its leaves → V."""
-        return [
-            {i: ways[self.names[i]].to(self.leaves[i]) for i in members} for members in self.members
-        ]
+        return [{i: ways[self.names[i]].to(self.leaves[i]) for i in members} for members in self.members]
 
     def raised(self, value: Any) -> Any:
         """A tensor in the precision of the measurement, if it has less."""
@@ -114,7 +116,9 @@ class Weights:
         """The model's logits, as a function of the leaves."""
         args = () if isinstance(inputs, Mapping) else tuple(self.raised(value) for value in inputs)
         named = {key: self.raised(value) for key, value in inputs.items()} if isinstance(inputs, Mapping) else {}
-        return find_logits(torch.func.functional_call(self._model, self._state, args, {**self._extra, **named}))
+        # A copy, as functional_call writes to the dictionary where weights are tied.
+        state = dict(self._state)
+        return find_logits(torch.func.functional_call(self._model, state, args, {**self._extra, **named}))
 
 
 def split_batch(batch: Any, model: nn.Module) -> tuple[Inputs, Tensor]:

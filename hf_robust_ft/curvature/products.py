@@ -45,6 +45,8 @@ class Products:
     """``vᵀ H v``."""
     length: Tensor
     """``‖H v‖``."""
+    reach: Tensor
+    """``‖P v‖``, P a projection with ``P H = H``: what lies outside of it can't matter."""
     positive: Tensor | None
     """``vᵀ H⁺ v`` by Lanczos, where asked for."""
     gap: Tensor | None
@@ -52,12 +54,13 @@ class Products:
 
 def find_use(tape: Tape, weight: int, direction: Tensor, examples: int) -> Use | None:
     """How a weight is used; None if more than once, or by an operation that has no rows."""
-    readers: dict[int, list[Op]] = {}
+    readers: dict[int | None, list[Op]] = {}
     for op in tape.ops:
         for slot in op.slots:
             if slot is not None:
                 readers.setdefault(slot, []).append(op)
-    slot, moved = weight, direction
+    slot: int | None = weight
+    moved = direction
     while True:
         found = readers.get(slot, [])
         if len(found) != 1:
@@ -148,15 +151,16 @@ def _of_use(use: Use, gradient: Tensor, steps: int | None) -> Products:
     else:
         square = (x.transpose(1, 2) @ bent).flatten(1).square().sum(1, dtype=torch.float64)
     length = square.clamp(min=0).sqrt()
-    if steps is None:
-        return Products(form, length, None, None)
     # H sees nothing outside the span of X's rows. In an orthonormal basis of it the vectors are short.
     if rows < width:
         basis = torch.linalg.qr(x.transpose(1, 2)).Q
         x, v = x @ basis, basis.transpose(1, 2) @ v
     start = v.expand(len(x), -1, -1)
+    reach = start.flatten(1).double().norm(dim=1)
+    if steps is None:
+        return Products(form, length, reach, None, None)
     positive, gap = positive_part(lambda w: x.transpose(1, 2) @ bend(x @ w), start, steps)
-    return Products(form, length, positive, gap)
+    return Products(form, length, reach, positive, gap)
 
 
 def in_weight_space(
@@ -175,7 +179,7 @@ def in_weight_space(
     sizes = [weights[i].numel() for i in range(len(weights))]
 
     def bend(vector: Tensor) -> Tensor:  # [1, P]
-        parts = vector[0].split(sizes)
+        parts = torch.split(vector[0], sizes)
         if not used:
             return torch.zeros_like(vector)
         found = torch.autograd.grad(
@@ -186,7 +190,7 @@ def in_weight_space(
 
     v = torch.cat([d.reshape(-1) for d in direction]).unsqueeze(0)
     bent = bend(v)
-    form, length = (v * bent).sum(1, dtype=torch.float64), bent.double().norm(dim=1)
+    form, length, reach = (v * bent).sum(1, dtype=torch.float64), bent.double().norm(dim=1), v.double().norm(dim=1)
     if steps is None:
-        return Products(form, length, None, None)
-    return Products(form, length, *positive_part(bend, v, steps))
+        return Products(form, length, reach, None, None)
+    return Products(form, length, reach, *positive_part(bend, v, steps))

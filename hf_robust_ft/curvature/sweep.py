@@ -17,9 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .rules import Local, needs_adjoint, rule_of, without_rule
+from .by_autograd import without_rule
+from .local import Local
+from .rules import needs_adjoint, rule_of
 from .tangent import Tangent
-from .tape import Tape, Untraceable
+from .tape import Op, Tape, Untraceable
 
 Direction = Mapping[int, Tensor]
 """Index of a weight on the tape → V, of the weight's shape. Several weights: they move together."""
@@ -27,38 +29,39 @@ Head = Callable[[Sequence[int], Tensor], None]
 """Takes the logits' tangents: some directions, and [directions, examples, …]."""
 
 
-def prepare(tape: Tape, directions: Sequence[Direction], losses: Tensor) -> bool:
-    """Give each operation that has curvature the adjoint of its output.
+def prepare(tape: Tape, directions: Sequence[Direction], losses: Tensor) -> list[Op]:
+    """Give each operation that has curvature the adjoint of its output, and return these operations.
 
     Args:
         tape: of the logits that the losses were computed from.
         losses: [examples], with autograd's graph.
-
-    Returns:
-        Whether every adjoint has the examples one after the other in memory, so that :func:`sweep` can tell
-        them apart. If not, only a batch of one example can be swept.
     """
     reach = _reach(tape, directions)
     curved = [op for op in tape.ops if needs_adjoint(op, reach)]
     if any(op.out_slots[0] in tape.overwritten for op in curved):
         raise Untraceable("the result of a non-linear operation is changed in place")
-    if not curved:
-        return True
     outs = [op.outs[0] for op in curved]
-    adjoints = torch.autograd.grad(losses.sum(), outs, retain_graph=True, allow_unused=True)
+    adjoints = torch.autograd.grad(losses.sum(), outs, retain_graph=True, allow_unused=True) if outs else ()
     for op, adjoint in zip(curved, adjoints, strict=True):
         if adjoint is None:
             raise Untraceable(f"autograd finds no way from {op.func} to the loss")
         op.adjoint = adjoint
-    if len(losses) == 1:
-        return True
-    # Only the first example's share of each output may matter for the first example's loss.
-    alone = torch.autograd.grad(losses[0], outs, retain_graph=True)
-    return all(leading_share(adjoint, len(losses)) for adjoint in alone)
+    return curved
 
 
-def leading_share(adjoint: Tensor, examples: int) -> bool:
-    """Whether a gradient of the first example's loss is zero outside its share of the leading dimension."""
+def separable(outs: Sequence[Tensor], losses: Tensor) -> list[bool]:
+    """Which tensors hold the examples of a batch one after the other, so that each can be told from the next.
+
+    A chunk of several examples is swept only if all outputs of curved operations do: then only the first
+    example's share of each may matter for the first example's loss.
+    """
+    if len(losses) == 1 or not outs:
+        return [True] * len(outs)
+    alone = torch.autograd.grad(losses[0], outs, retain_graph=True, allow_unused=True)
+    return [adjoint is not None and _leading_share(adjoint, len(losses)) for adjoint in alone]
+
+
+def _leading_share(adjoint: Tensor, examples: int) -> bool:
     if adjoint.dim() == 0 or adjoint.shape[0] % examples:
         return False
     return not adjoint[adjoint.shape[0] // examples :].any()

@@ -101,9 +101,9 @@ def record(forward: Callable[[], Tensor], weights: Sequence[Tensor]) -> Tape:
     return Tape(_live(recorder.ops, slot), logits, slot, recorder.overwritten)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
         self.overwritten: set[int] = set()
         # A tensor is known by the memory that it shows. Autograd gives views a new identity behind our back, but

@@ -1,0 +1,185 @@
+"""The mean loss over a dataloader and products with its Hessian, one batch in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .directions import Group
+from .engine import NonFiniteLoss
+from .loss import ExampleLoss
+from .model import Inputs, Weights, split_batch
+
+Bend = Callable[[Sequence[Tensor]], list[Tensor]]
+"""V → ``∇²f V``, one tensor for each weight."""
+
+# Seconds until a progress bar shows: a tiny model needs none.
+BAR_DELAY = 5.0
+
+# Two passes over the same examples differ by rounding (in float32, and shuffled, by some 1e-6 of the loss).
+PASSES_AGREE = 1e-3
+
+
+class MeanLoss:
+    """``L(W) = 1/N Σ_n ℓ_n(W)`` over all N examples of a dataloader. Use it inside :func:`~.model.measuring`.
+
+    Every method that needs the data makes one pass over the dataloader. Each example counts the same, however they
+    are batched. Sums over batches are float64; within a batch torch sums in the precision of the model.
+
+    Args:
+        model: unwrapped.
+        groups: the layers whose weights W may move.
+        dataloader: batches, as of :func:`~.model.split_batch`; the same examples at each pass.
+        loss: of one example.
+        task: what is being measured, for progress bars.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Group], dataloader: Iterable[Any], loss: ExampleLoss, task: str
+    ) -> None:
+        self.weights = Weights(model, groups)
+        self.examples = 0
+        """N; 0 before the first pass."""
+        self.passes = 0
+        """Over the dataloader, so far."""
+        self._model = model
+        self._dataloader = dataloader
+        self._loss = loss
+        self._task = task
+        self._value = 0.0
+
+    @property
+    def size(self) -> int:
+        """P, the number of weights that may move."""
+        return sum(leaf.numel() for leaf in self.weights.leaves)
+
+    def losses(self, inputs: Inputs, labels: Tensor, first: int) -> Tensor:
+        """Of each example of a batch at the present weights, [B], with autograd's graph.
+
+        Raises:
+            NonFiniteLoss: a loss that is infinite or NaN; ``first`` is the number of the first example.
+        """
+        losses = self._loss(self.weights.logits(inputs), labels)
+        bad = (~losses.detach().isfinite()).nonzero()
+        if len(bad):
+            n = int(bad[0])
+            raise NonFiniteLoss(
+                f"the loss of example {first + n} is {losses[n].item()}: look at its inputs and label, and at the "
+                "model's weights (half-precision training, or noise of a large sigma, may have made them infinite)"
+            )
+        return losses
+
+    def each_batch(self, measure: Callable[[Inputs, Tensor, int], Tensor]) -> float:
+        """One pass; returns the mean loss.
+
+        Args:
+            measure: takes inputs, labels and the number of the first example; returns the losses of the batch at
+                the model's own weights. It gets no batch before the one before is done with, and its memory free.
+
+        Raises:
+            ValueError: no example, or other examples than in the pass before.
+        """
+        total, examples = 0.0, 0
+        for first, inputs, labels in numbered_batches(self._dataloader, self._model, self._task):
+            total += measure(inputs, labels, first).detach().sum(dtype=torch.float64).item()
+            examples = first + len(labels)
+        value = total / examples
+        if self.examples and (
+            examples != self.examples or abs(value - self._value) > PASSES_AGREE * (abs(value) + PASSES_AGREE)
+        ):
+            raise ValueError(
+                f"dataloader gave {self.examples} examples of mean loss {self._value:.6g} in one pass and {examples} "
+                f"of {value:.6g} in the next; it must give the same ones each time: without random augmentation, and "
+                "without drop_last where it shuffles"
+            )
+        self.examples, self._value = examples, value
+        self.passes += 1
+        return value
+
+    def each_bend(self, use: Callable[[Bend], None]) -> float:
+        """One pass; ``use`` gets for each batch the function V → ``Σ_n ∇²ℓ_n V``. Returns the mean loss.
+
+        One backward pass with a graph a batch, and one more backward pass each time that the function is called.
+        """
+
+        def measure(inputs: Inputs, labels: Tensor, first: int) -> Tensor:
+            losses = self.losses(inputs, labels, first)
+            use(bend_of(losses.sum(), self.weights.leaves))
+            return losses
+
+        return self.each_batch(measure)
+
+    def products(self, vectors: Tensor) -> Tensor:
+        """``H v`` of some vectors, with H the Hessian of the mean loss in all groups together, in one pass.
+
+        Args:
+            vectors: [K, P], the weights in the order of ``weights.leaves``.
+
+        Returns:
+            [K, P] in float64, on the device of the first weight.
+        """
+        directions = [self.split(vector) for vector in vectors]
+        totals = torch.zeros(len(vectors), self.size, dtype=torch.float64, device=self.weights.leaves[0].device)
+
+        def add(bend: Bend) -> None:
+            for total, direction in zip(totals, directions, strict=True):
+                for part, bent in zip(self._parts(total), bend(direction), strict=True):
+                    part += bent.to(part.device)
+
+        self.each_bend(add)
+        return totals / self.examples
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """A vector [P] as one tensor for each weight, of its type and on its device."""
+        return [part.to(leaf) for part, leaf in zip(self._parts(vector), self.weights.leaves, strict=True)]
+
+    def _parts(self, vector: Tensor) -> list[Tensor]:
+        leaves = self.weights.leaves
+        sizes = [leaf.numel() for leaf in leaves]
+        return [p.view_as(w) for p, w in zip(torch.split(vector, sizes), leaves, strict=True)]
+
+
+def bend_of(value: Tensor, weights: Sequence[Tensor]) -> Bend:
+    """V → ``∇²f V`` by reverse over reverse; 0 for weights without influence.
+
+    Args:
+        value: a scalar f, with autograd's graph.
+        weights: that f depends on.
+    """
+    gradients: Sequence[Tensor | None] = [None] * len(weights)
+    if value.requires_grad:
+        gradients = torch.autograd.grad(value, weights, create_graph=True, allow_unused=True)
+    # A gradient that depends on no weight (a loss that is linear in them) has no graph.
+    curved = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
+
+    def bend(direction: Sequence[Tensor]) -> list[Tensor]:
+        found: Sequence[Tensor | None] = [None] * len(weights)
+        if curved:
+            found = torch.autograd.grad(
+                [gradient for _, gradient in curved], weights, [direction[i] for i, _ in curved],
+                retain_graph=True, allow_unused=True,
+            )  # fmt: skip
+        return [torch.zeros_like(w) if f is None else f for f, w in zip(found, weights, strict=True)]
+
+    return bend
+
+
+def numbered_batches(dataloader: Iterable[Any], model: nn.Module, task: str) -> Iterator[tuple[int, Inputs, Tensor]]:
+    """Number of the first example, inputs and labels of each batch that is not empty, with a progress bar.
+
+    Raises:
+        ValueError: no batch with an example.
+    """
+    first = 0
+    for batch in tqdm(dataloader, desc=task, delay=BAR_DELAY, leave=False, disable=None):
+        inputs, labels = split_batch(batch, model)
+        if len(labels):
+            yield first, inputs, labels
+            first += len(labels)
+    if not first:
+        used_up = "an iterator may be used up: give a list or a DataLoader" if isinstance(dataloader, Iterator) else ""
+        raise ValueError(f"dataloader gave no batch with an example; {used_up or 'give at least one'}")

@@ -1,0 +1,98 @@
+"""Rules of normalisations: softmax and its logarithm, layer, group and RMS norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .by_autograd import without_rule
+from .local import Local, Rule, Tangents, adjoint_of, shifted
+from .tangent import Tangent
+from .tape import Op, Untraceable, aten
+
+
+def _softmax(op: Op, tangents: Tangents, local: Local) -> list[Tangent | None]:
+    t, p, dim = tangents[0], op.outs[0].detach(), op.args[1]
+    change = t.data.to(p.dtype)
+    change = change - (p * change).sum(shifted(dim), keepdim=True)
+    adjoint = adjoint_of(op)
+    weight = p * (adjoint - (p * adjoint).sum(dim, keepdim=True))
+    local.add(t.directions, weight, change.square())
+    return [Tangent(t.directions, change.mul_(p))]
+
+
+def _log_softmax(op: Op, tangents: Tangents, local: Local) -> list[Tangent | None]:
+    t, p, dim = tangents[0], op.outs[0].detach().exp(), op.args[1]
+    change = t.data.to(p.dtype)
+    change = change - (p * change).sum(shifted(dim), keepdim=True)
+    local.add(t.directions, -p * adjoint_of(op).sum(dim, keepdim=True), change.square())
+    return [Tangent(t.directions, change)]
+
+
+def _logsumexp(op: Op, tangents: Tangents, local: Local) -> list[Tangent | None]:
+    t, x = tangents[0], op.value(0)
+    dims = [d % x.dim() for d in op.args[1]]
+    if len(dims) > 1:
+        return list(without_rule(op, tangents, local))
+    (dim,), keep = dims, len(op.args) > 2 and op.args[2]
+    p = torch.softmax(x, dim)
+    mean = (p * t.data).sum(dim + 1, keepdim=True)
+    adjoint = adjoint_of(op) if keep else adjoint_of(op).unsqueeze(dim)
+    local.add(t.directions, p * adjoint, (t.data - mean).square())
+    return [Tangent(t.directions, mean if keep else mean.squeeze(dim + 1))]
+
+
+def _layer_norm(op: Op, tangents: Tangents, local: Local) -> list[Tangent | None]:
+    x, shape, gain, _, eps = op.args
+    size = x.numel() // x.shape[: x.dim() - len(shape)].numel()
+    rows = op.value(0).reshape(-1, size)
+    gain = None if gain is None else gain.detach().reshape(1, size)
+    return _normalised(op, tangents, local, rows, gain, eps)
+
+
+def _group_norm(op: Op, tangents: Tangents, local: Local) -> list[Tangent | None]:
+    _, gain, _, batch, channels, pixels, groups, eps = op.args
+    rows = op.value(0).reshape(batch * groups, -1)
+    if gain is not None:
+        gain = gain.detach().reshape(groups, -1, 1).expand(groups, channels // groups, pixels)
+        gain = gain.reshape(1, groups, -1).expand(batch, groups, -1).reshape(batch * groups, -1)
+    return _normalised(op, tangents, local, rows, gain, eps)
+
+
+def _normalised(
+    op: Op, tangents: Tangents, local: Local, rows: Tensor, gain: Tensor | None, eps: float
+) -> list[Tangent | None]:
+    """``y = γ h + β`` with h the rows made zero-mean and unit-variance.
+
+    With ``a = (x1 - mean x1)·r``, ``m1 = mean(h a)`` and ``m2 = mean(a²)``, each along a row:
+    ``y1 = γ (a - h m1)`` and ``D² = γ (h (3 m1² - m2) - 2 a m1)``.
+    """
+    (t,) = tangents.values()
+    if set(tangents) != {0}:
+        raise Untraceable(f"{op.func} with a trained weight that is measured as a layer")
+    centred = rows - rows.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    h = centred * scale
+    weight = adjoint_of(op).reshape(rows.shape)
+    weight = weight if gain is None else weight * gain
+    a = t.data.reshape(len(t.data), *rows.shape)
+    a = (a - a.mean(-1, keepdim=True)).mul_(scale)
+    m1 = (a * h).mean(-1)
+    m2 = a.square().mean(-1)
+    along = (a * weight).sum(-1)
+    curved = (weight * h).sum(-1) * (3 * m1.square() - m2) - 2 * m1 * along
+    local.add(t.directions, torch.ones_like(scale), curved)
+    y1 = a.sub_(h * m1.unsqueeze(-1))
+    y1 = (y1 if gain is None else y1.mul_(gain)).reshape(len(t.data), *op.outs[0].shape)
+    return [Tangent(t.directions, y1), *[None] * (len(op.outs) - 1)]
+
+
+NORMS: dict[Any, Rule] = {
+    **dict.fromkeys([aten._softmax, aten._safe_softmax], _softmax),
+    aten._log_softmax: _log_softmax,
+    aten.logsumexp: _logsumexp,
+    aten.native_layer_norm: _layer_norm,
+    aten.native_group_norm: _group_norm,
+}

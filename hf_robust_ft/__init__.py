@@ -5,7 +5,18 @@
 
 from .arguments import RobustTrainingArguments
 from .constraints import ConstraintRow, ConstraintTable, LayerConstraints
-from .curvature import QuadraticForms, layer_quadratic_forms
+from .corrected_loss import CorrectedLoss
+from .curvature import (
+    HessianReport,
+    MeasurementStopped,
+    QuadraticForms,
+    hessian_trace,
+    layer_quadratic_forms,
+    measure_hessian,
+    noise_stability,
+    spectral_density,
+    top_eigenpairs,
+)
 from .layers import Layer, NotALayer, find_layers
 from .losses import backward_corrected, cross_entropy, forward_corrected
 from .noise import (
@@ -24,10 +35,13 @@ from .trainer import HessianRegularizedTrainer
 __all__ = [
     "ConstraintRow",
     "ConstraintTable",
+    "CorrectedLoss",
     "HessianRegularizedTrainer",
+    "HessianReport",
     "InverseTransition",
     "Layer",
     "LayerConstraints",
+    "MeasurementStopped",
     "NotALayer",
     "QuadraticForms",
     "ReferenceMismatch",
@@ -38,11 +52,16 @@ __all__ = [
     "cross_entropy",
     "find_layers",
     "forward_corrected",
+    "hessian_trace",
     "invert_transition",
     "layer_distances",
     "layer_quadratic_forms",
     "load_transition",
+    "measure_hessian",
+    "noise_stability",
     "pair_flip_transition",
+    "spectral_density",
     "symmetric_transition",
+    "top_eigenpairs",
     "validate_transition",
 ]

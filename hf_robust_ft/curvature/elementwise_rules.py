@@ -7,45 +7,52 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .local import Local, Tangents, adjoint_of, broadcast
+from .local import Local, Tangents, adjoint_of, broadcast, remembered
 from .tangent import Tangent, shared, total
 from .tape import Op, aten
 
 
 def sloped(op: Op, tangents: Tangents, local: Local) -> list[Tangent | None]:
     """Piecewise linear, one argument."""
-    (i,) = tangents
-    x = op.value(i).requires_grad_()
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad(op.call({i: x}).sum(), x)
-    return [Tangent(tangents[i].directions, tangents[i].data * slope)]
+    ((i, t),) = tangents.items()
+
+    def slope() -> Tensor:
+        x = op.value(i).requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(op.call({i: x}).sum(), x)[0]
+
+    return [Tangent(t.directions, t.data * remembered(op, "slope", slope))]
 
 
 def pointwise(op: Op, tangents: Tangents, local: Local) -> list[Tangent | None]:
     """Any elementwise function of any number of arguments."""
     shape = op.outs[0].shape
-    places = list(tangents)
+    places = tuple(tangents)
+    slopes, weights = remembered(op, places, lambda: _derivatives(op, places))
+    data = {i: Tangent(tangents[i].directions, broadcast(tangents[i].data, shape)) for i in places}
+    for (i, j), weight in weights.items():
+        if both := shared(data[i], data[j]):
+            local.add(both, weight, data[i].rows(both) * data[j].rows(both))
+    parts = [Tangent(data[i].directions, data[i].data * slope) for i, slope in zip(places, slopes, strict=True)]
+    return [total(parts), *[None] * (len(op.outs) - 1)]
+
+
+def _derivatives(op: Op, places: Sequence[int]) -> tuple[list[Tensor], dict[tuple[int, int], Tensor]]:
+    """First derivatives, and second ones times the adjoint, those of mixed arguments twice."""
+    shape = op.outs[0].shape
     with torch.enable_grad():
         xs = [op.value(i).expand(shape).detach().requires_grad_() for i in places]
         y = op.call(dict(zip(places, xs, strict=True)))
         y = y if isinstance(y, Tensor) else y[0]
         slopes = torch.autograd.grad(y.sum(), xs, create_graph=True)
         bends = [_gradients(slope, xs) for slope in slopes]
-    data = {i: broadcast(tangents[i].data, shape) for i in places}
-    adjoint = adjoint_of(op)
-    for m, i in enumerate(places):
-        for n, j in enumerate(places[: m + 1]):
-            bend = bends[m][n]
-            if bend is None:
-                continue
-            both = shared(tangents[i], tangents[j])
-            if not both:
-                continue
-            first = Tangent(tangents[i].directions, data[i]).rows(both)
-            second = Tangent(tangents[j].directions, data[j]).rows(both)
-            local.add(both, adjoint * bend * (1 if i == j else 2), first * second)
-    parts = [Tangent(tangents[i].directions, data[i] * s.detach()) for i, s in zip(places, slopes, strict=True)]
-    return [total(parts), *[None] * (len(op.outs) - 1)]
+    weights = {
+        (i, j): adjoint_of(op) * bend * (1 if i == j else 2)
+        for m, i in enumerate(places)
+        for n, j in enumerate(places[: m + 1])
+        if (bend := bends[m][n]) is not None
+    }
+    return [slope.detach() for slope in slopes], weights
 
 
 def _gradients(slope: Tensor, xs: list[Tensor]) -> Sequence[Tensor | None]:

@@ -49,9 +49,47 @@ def layer_quadratic_forms(
     examples_at_once: int | None = None,
     directions_at_once: int | None = None,
 ) -> QuadraticForms:
-    """How sharply each example's loss bends along the way that each layer travelled."""
+    """How sharply each example's loss bends along the way that each layer travelled: all layers and examples at once.
+
+    For layer i with ``v_i = vec(W_i - W_i^ref)``, and ``H_i(x, y)`` the Hessian of the loss of one example in this
+    layer's weights alone (Ju, Li & Zhang, ICML 2022, section 3), one value for each example and layer:
+
+    ================  ==================================================  ==================================
+    kind              value                                               cost in forward passes of the batch
+    ================  ==================================================  ==================================
+    "hessian"         ``vᵀ H v``, exact                                   0.7 to 0.9 a layer
+    "gauss_newton"    ``z1ᵀ ∇²ℓ(z) z1``, z1 the logits' tangent           the same sweep
+    "hessian_upper"   ``½ (vᵀ H v + ‖v‖ ‖H v‖)``, at least ``vᵀ H⁺ v``    about 2 a layer
+    "hessian_psd"     ``vᵀ H⁺ v``, H⁺ the positive part, by Lanczos       about 2 a layer and step
+    ================  ==================================================  ==================================
+
+    ``vᵀ H v`` comes from a tangent sweep over the operations of one forward pass: see ``curvature/sweep.py`` for the
+    equation. It is compared with autograd on the first example of every call. Memory is that of one chunk.
+
+    Args:
+        model: any transformers model, or a module that takes the batch's inputs. Measured in eval mode and at least
+            float32; weights, modes and attention are as before afterwards, also after an error.
+        batch: a mapping with ``labels``, or a pair (inputs, labels); the examples in the leading dimension.
+        reference: the weights that it started from: a state dict by parameter name, or the model itself.
+        kind: see above.
+        loss: None for cross entropy (of an example with several targets, their mean; -100 does not count), a
+            :class:`CorrectedLoss`, or a function of logits [B, …, K] and labels [B, …] that returns [B].
+        layers: ``"weights"``, each alone; ``"blocks"``, each block of the model as one layer; or a mapping from the
+            name of a layer to the pattern(s) of the weights that form it, of which the first match decides. Tied
+            weights count once.
+        lanczos_steps: products for each value of ``hessian_psd``.
+        examples_at_once, directions_at_once: what travels together; None fits them to the cache or the GPU's memory.
+            Results don't depend on them beyond rounding.
+
+    Raises:
+        ValueError: an argument or labels that don't fit.
+        ReferenceMismatch: the reference lacks layers, or has them in another shape; the message names them.
+        NonFiniteLoss: names the example.
+        NotTwiceDifferentiable: ``hessian_upper`` or ``hessian_psd`` of an operation that torch can't.
+    """
     if kind not in get_args(Kind):
         raise ValueError(f"kind is {kind!r}; choose one of {', '.join(get_args(Kind))}")
+    check_counts(lanczos_steps=lanczos_steps, examples_at_once=examples_at_once, directions_at_once=directions_at_once)
     model = unwrapped(model)
     groups, left_out = group_layers(model, layers)
     ways = travelled(groups, reference)
@@ -84,3 +122,14 @@ def value_of(forms: Forms, kind: Kind, lengths: Tensor) -> Tensor:
         return (forms.hessian + lengths * forms.length) / 2
     assert forms.positive is not None
     return forms.positive
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse what is no positive number of things.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    for name, count in counts.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(f"{name} is {count!r}; give a whole number >= 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,18 @@ class Local:
 
 
 Rule = Callable[[Op, Tangents, Local], Sequence[Tangent | None]]
+
+
+def remembered(op: Op, key: Any, compute: Callable[[], Any]) -> Any:
+    """What depends on primal values alone, computed for the first chunk of directions."""
+    if key not in op.memo:
+        op.memo[key] = compute()
+    return op.memo[key]
+
+
+def along_rows(change: Tensor, rows: Tensor) -> Tensor:
+    """Inner product of each row, [D, R, n] with [R, n] → [D, R]: no product is ever stored."""
+    return torch.bmm(change.transpose(0, 1), rows.unsqueeze(-1))[..., 0].t()
 
 
 def adjoint_of(op: Op) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .directions import Group
-from .engine import NonFiniteLoss
+from .engine import NonFiniteLoss, NotTwiceDifferentiable
 from .loss import ExampleLoss
 from .model import Inputs, Weights, split_batch
 
@@ -149,6 +150,9 @@ def bend_of(value: Tensor, weights: Sequence[Tensor]) -> Bend:
     Args:
         value: a scalar f, with autograd's graph.
         weights: that f depends on.
+
+    The function raises:
+        NotTwiceDifferentiable: an operation of which autograd knows no second derivative.
     """
     gradients: Sequence[Tensor | None] = [None] * len(weights)
     if value.requires_grad:
@@ -159,10 +163,18 @@ def bend_of(value: Tensor, weights: Sequence[Tensor]) -> Bend:
     def bend(direction: Sequence[Tensor]) -> list[Tensor]:
         found: Sequence[Tensor | None] = [None] * len(weights)
         if curved:
-            found = torch.autograd.grad(
-                [gradient for _, gradient in curved], weights, [direction[i] for i, _ in curved],
-                retain_graph=True, allow_unused=True,
-            )  # fmt: skip
+            try:
+                found = torch.autograd.grad(
+                    [gradient for _, gradient in curved], weights, [direction[i] for i, _ in curved],
+                    retain_graph=True, allow_unused=True,
+                )  # fmt: skip
+            except (RuntimeError, NotImplementedError) as error:
+                if "is not implemented" not in str(error):
+                    raise
+                raise NotTwiceDifferentiable(
+                    f"autograd can't differentiate this model twice: {error}. Traces alone do without, where the sweep "
+                    "has a rule for every operation: hessian_trace with joint=False"
+                ) from error
         return [torch.zeros_like(w) if f is None else f for f, w in zip(found, weights, strict=True)]
 
     return bend
@@ -175,11 +187,15 @@ def numbered_batches(dataloader: Iterable[Any], model: nn.Module, task: str) -> 
         ValueError: no batch with an example.
     """
     first = 0
-    for batch in tqdm(dataloader, desc=task, delay=BAR_DELAY, leave=False, disable=None):
-        inputs, labels = split_batch(batch, model)
-        if len(labels):
-            yield first, inputs, labels
-            first += len(labels)
+    # tqdm(dataloader) would start the workers of a DataLoader twice. A DataLoader may have a length that it can't tell.
+    batches = length_hint(dataloader) or None
+    with tqdm(total=batches, desc=task, unit="batch", delay=BAR_DELAY, leave=False, disable=None) as bar:
+        for batch in dataloader:
+            inputs, labels = split_batch(batch, model)
+            if len(labels):
+                yield first, inputs, labels
+                first += len(labels)
+            bar.update()
     if not first:
-        used_up = "an iterator may be used up: give a list or a DataLoader" if isinstance(dataloader, Iterator) else ""
-        raise ValueError(f"dataloader gave no batch with an example; {used_up or 'give at least one'}")
+        remedy = "a list or a DataLoader, as an iterator is used up" if isinstance(dataloader, Iterator) else "data"
+        raise ValueError(f"dataloader gave no batch: there is nothing to measure. Give it {remedy}")

@@ -6,8 +6,9 @@ import heapq
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 from ..corrected_loss import CorrectedLoss
 from .directions import Group, Layers, group_layers, lengths_of, travelled
 from .engine import Engine
-from .forms import LANCZOS_STEPS
+from .forms import LANCZOS_STEPS, check_counts
 from .loss import ExampleLoss, LossFunction
 from .model import Inputs, measuring, some_examples, split_batch, unwrapped
 from .report import HessianReport, LayerCurvature, PositivePart, Statistic
@@ -87,8 +88,7 @@ def measure_hessian(
     """
     if time_budget is not None and not time_budget >= 0:
         raise ValueError(f"time_budget is {time_budget!r}; give seconds >= 0, or None for no limit")
-    if lanczos_steps < 1:
-        raise ValueError(f"lanczos_steps is {lanczos_steps!r}; take at least 1 step")
+    check_counts(lanczos_steps=lanczos_steps, examples_at_once=examples_at_once, directions_at_once=directions_at_once)
     model = unwrapped(model)
     groups, left_out = group_layers(model, layers)
     ways = travelled(groups, reference)
@@ -154,7 +154,8 @@ class _Run:
         self._estimate = math.nan
 
     def first_pass(self, dataloader: Iterable[Any], model: nn.Module) -> None:
-        batches = len(dataloader) if isinstance(dataloader, Sized) else None
+        # Not len(): a DataLoader over an iterable data set has one that raises.
+        batches = length_hint(dataloader) or None
         with tqdm(total=batches, desc="sound bounds", unit="batch", disable=None) as bar:
             for batch in dataloader:
                 inputs, labels = split_batch(batch, model)

@@ -47,9 +47,9 @@ def _matmul(op: Op, tangents: Tangents, local: Local) -> list[Tangent | None]:
     if a is not None:
         parts.append(Tangent(a.directions, _product(a.data, op.value(offset + 1))))
     if b is not None:
-        parts.append(Tangent(b.directions, torch.matmul(op.value(offset), b.data)))
+        parts.append(Tangent(b.directions, _left_product(op.value(offset), b.data)))
     if a is not None and b is not None and (both := shared(a, b)):
-        local.add(both, 2 * alpha * adjoint_of(op), torch.matmul(a.rows(both), b.rows(both)))
+        _add_cross(local, both, 2 * alpha * adjoint_of(op), a.rows(both), b.rows(both))
     if alpha != 1:
         parts = [Tangent(t.directions, t.data * alpha) for t in parts]
     if offset and 0 in tangents:
@@ -75,9 +75,32 @@ def _appended(op: Op, a: Tangent, b: Tangent) -> Tangent:
 
 
 def _product(data: Tensor, matrix: Tensor) -> Tensor:
+    """``x1 B``, [D, …, n, m]."""
     if matrix.dim() == 2:
         return (data.reshape(-1, data.shape[-1]) @ matrix).reshape(*data.shape[:-1], -1)
     return torch.matmul(data, matrix)
+
+
+def _left_product(matrix: Tensor, data: Tensor) -> Tensor:
+    """``A x1``, [D, …, n, m]. Of a batch of matrices the directions become columns, so that A is not copied."""
+    if matrix.dim() == 2 or len(data) == 1 or data.shape[-1] >= matrix.shape[-2]:
+        return torch.matmul(matrix, data)
+    count, batch, _, columns = data.shape
+    wide = torch.bmm(matrix, data.permute(1, 2, 0, 3).reshape(batch, -1, count * columns))
+    return wide.view(batch, -1, count, columns).permute(2, 0, 1, 3)
+
+
+def _add_cross(local: Local, directions: tuple[int, ...], adjoint: Tensor, a: Tensor, b: Tensor) -> None:
+    """``⟨ā, a1 b1⟩``, or ``⟨ā b1ᵀ, a1⟩`` or ``⟨a1ᵀ ā, b1⟩``: whichever writes the smallest matrix."""
+    rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
+    if adjoint.dim() == 2 or rows * columns <= inner * min(rows, columns):
+        local.add(directions, adjoint, torch.matmul(a, b))
+    elif rows <= columns:
+        found = _left_product(adjoint, b.transpose(-1, -2)) * a
+        local.add(directions, torch.ones_like(found[0]), found)
+    else:
+        found = _product(a.transpose(-1, -2), adjoint) * b
+        local.add(directions, torch.ones_like(found[0]), found)
 
 
 def _convolution(op: Op, tangents: Tangents, local: Local) -> list[Tangent | None]:

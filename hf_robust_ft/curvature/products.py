@@ -54,24 +54,19 @@ class Products:
 
 def find_use(tape: Tape, weight: int, direction: Tensor, examples: int) -> Use | None:
     """How a weight is used; None if more than once, or by an operation that has no rows."""
-    readers: dict[int | None, list[Op]] = {}
-    for op in tape.ops:
-        for slot in op.slots:
-            if slot is not None:
-                readers.setdefault(slot, []).append(op)
-    slot: int | None = weight
+    at: int | None = weight
     moved = direction
     while True:
-        found = readers.get(slot, [])
+        found = tape.readers.get(at, [])
         if len(found) != 1:
             return None
         (op,) = found
         if op.packet not in _REARRANGED:
             break
-        moved, slot = op.call({0: moved}), op.out_slots[0]
+        moved, at = op.call({0: moved}), op.out_slots[0]
     if op.out_slots[0] in tape.overwritten:
         return None
-    place = op.slots.index(slot)
+    place = op.slots.index(at)
     out = op.outs[0]
     if (op.packet, place) in ((aten.mm, 1), (aten.addmm, 2)) and len(out) % examples == 0:
         x = op.value(place - 1)

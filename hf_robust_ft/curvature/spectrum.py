@@ -121,6 +121,7 @@ def top_eigenpairs(
             dataloader without examples or with other ones in another pass, no or unknown layers.
         NotConverged: an eigenvalue that does not reach the tolerance.
         NonFiniteLoss: the message has the number of the example in the pass.
+        NotTwiceDifferentiable: an operation without a second derivative in autograd.
     """
     if count < 1:
         raise ValueError(f"count is {count}; ask for at least one eigenvalue")
@@ -128,14 +129,16 @@ def top_eigenpairs(
         raise ValueError(f"tolerance is {tolerance}; give a positive relative residual, such as 1e-4")
     model = unwrapped(model)
     groups, left_out = group_layers(model, layers)
+    for group in groups:
+        size = sum(layer.parameter.numel() for layer in group.members)
+        if count > size:
+            raise ValueError(f"count is {count}, but {group.name} has {size} weights; ask for at most as many")
     values, residuals = (torch.zeros(len(groups), count, dtype=torch.float64) for _ in range(2))
     vectors: dict[str, Tensor] = {}
     passes = examples = 0
     with measuring(model), tqdm(desc="Hessian-vector products", delay=BAR_DELAY, disable=None) as bar:
         for g, group in enumerate(groups):
             mean = MeanLoss(model, [group], dataloader, ExampleLoss(loss, model), group.name)
-            if count > mean.size:
-                raise ValueError(f"count is {count}, but {group.name} has {mean.size} weights; ask for at most as many")
             (start,) = _starts("gaussian", 1, mean, seed)
             try:
                 values[g], found = _largest(_counted(mean, bar), start, count, tolerance)
@@ -186,7 +189,7 @@ def spectral_density(
         dataloader: batches, as for :func:`~.trace.hessian_trace`; the same examples at each pass.
         layers: the blocks; by default all layers together are one. See :func:`~.trace.hessian_trace`.
         loss: as for :func:`~.trace.hessian_trace`.
-        probes: at least 2; 10 as in Ghorbani et al. The larger the layer, the fewer are needed.
+        probes: at least 2. 10 leave a third of one probe's error; the larger the layer, the fewer are needed.
         steps: of Lanczos; the ends of the spectrum converge first, and the middle is resolved to some 1/steps of
             the range. No more than the size of the layer are taken.
         points: of the grid, at least 2; it reaches four widths beyond the outermost Ritz values.
@@ -198,11 +201,12 @@ def spectral_density(
         ValueError: fewer than 2 probes or points, fewer than 1 steps, a width that is not positive, a negative seed,
             a dataloader without examples or with other ones in another pass, no or unknown layers.
         NonFiniteLoss: the message has the number of the example in the pass.
+        NotTwiceDifferentiable: an operation without a second derivative in autograd.
     """
     for name, value, least in (("probes", probes, 2), ("steps", steps, 1), ("points", points, 2)):
         if value < least:
             raise ValueError(f"{name} is {value}; give at least {least}")
-    if width is not None and not width > 0:
+    if width is not None and not (width > 0 and math.isfinite(width)):
         raise ValueError(f"width is {width}; give a positive number, or None to fit it to the spectrum")
     model = unwrapped(model)
     groups, left_out = group_layers(model, layers)
@@ -232,6 +236,7 @@ def _counted(mean: MeanLoss, bar: Any) -> Product:
         return mean.products(vector.unsqueeze(0))[0]
 
     return product
+
 
 def _starts(distribution: Distribution, count: int, mean: MeanLoss, seed: int) -> Iterator[Tensor]:
     """Random vectors [P], in the precision and on the device of the first weight."""
@@ -306,14 +311,14 @@ def ritz_values(product: Product, start: Tensor, steps: int) -> tuple[Tensor, Te
     return values, vectors[0].square()
 
 
-def _broadened(
-    values: Tensor, weights: Tensor, points: int, width: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _broadened(values: Tensor, weights: Tensor, points: int, width: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """Grid [points], density of each probe [probes, points], and width, from Ritz values [probes, steps]."""
     found = values[weights > 0]
     low, high = found.min().item(), found.max().item()
-    # All eigenvalues may be the same, or 0.
-    sigma = width or (high - low) / values.shape[1] or max(abs(high), 1.0) / values.shape[1]
+    largest, spread = max(abs(low), abs(high)), high - low
+    if spread <= 1e-6 * largest:  # all eigenvalues are the same, but for rounding
+        spread = largest or 1.0
+    sigma = width or spread / values.shape[1]
     grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, points, dtype=torch.float64)
     density = torch.zeros(len(values), points, dtype=torch.float64)
     for theta, omega in zip(values.t(), weights.t(), strict=True):  # step by step, for memory

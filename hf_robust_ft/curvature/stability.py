@@ -79,10 +79,10 @@ def noise_stability(
 ) -> NoiseStability:
     """Mean increase of the mean loss L when every measured weight gets noise, and its second-order prediction.
 
-    ``E[L(W + σ ε)] - L(W) = σ²/2 · Tr H + O(σ⁴)`` with standard normal ε (Zhang, Li & Ju 2024, arXiv 2306.08553,
-    eq. 1 ff.). Noise comes in antithetic pairs, ``½ (L(W + σ ε) + L(W - σ ε)) - L(W)``: the first-order term cancels
-    within each pair. Where increase and prediction differ by more than their errors, σ has left the region in
-    which the Hessian describes the loss.
+    ``E[L(W + σ ε)] - L(W) = σ²/2 · Tr H + O(σ⁴)`` with standard normal ε (Zhang, Li & Ju 2024, arXiv 2306.08553).
+    Noise comes in antithetic pairs, ``½ (L(W + σ ε) + L(W - σ ε)) - L(W)``: the first-order term cancels within each
+    pair. Where increase and prediction differ by more than their errors, σ has left the region in which the Hessian
+    describes the loss.
 
     Two passes over the dataloader: the noise (two forward passes a pair), and the trace by joint probes. The same
     noise meets every example, so the result does not depend on how examples are batched. In float32 an increase
@@ -101,7 +101,8 @@ def noise_stability(
     Raises:
         ValueError: sigma not positive or not finite, fewer than 2 draws or probes, a negative seed, a dataloader
             without examples or with other ones in its second pass, no or unknown layers.
-        NonFiniteLoss: with the number of the example in the pass, and, under noise, sigma.
+        NonFiniteLoss: the message has the number of the example in the pass.
+        NotTwiceDifferentiable: an operation without a second derivative in autograd.
     """
     if not (sigma > 0 and math.isfinite(sigma)):
         raise ValueError(f"sigma is {sigma}; give a positive standard deviation, such as 0.01")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .by_autograd import without_rule
-from .local import Local
+from .local import Local, Rule, remembered
 from .rules import needs_adjoint, rule_of
 from .tangent import Tangent
 from .tape import Op, Tape, Untraceable
@@ -97,11 +97,14 @@ def _sweep(tape: Tape, directions: Sequence[Direction], local: Local) -> Tangent
                 if not readers[slot] and slot != tape.logits_slot:
                     tangents.pop(slot, None)
         if moving:
-            rule = rule_of(op) or without_rule
-            for slot, tangent in zip(op.out_slots, rule(op, moving, local), strict=True):
+            for slot, tangent in zip(op.out_slots, _rule(op)(op, moving, local), strict=True):
                 if slot is not None and tangent is not None and (readers[slot] or slot == tape.logits_slot):
                     tangents[slot] = tangent
     return tangents.get(tape.logits_slot)  # type: ignore[arg-type]
+
+
+def _rule(op: Op) -> Rule:
+    return remembered(op, "rule", lambda: rule_of(op) or without_rule)  # type: ignore[no-any-return]
 
 
 def _leaves(directions: Sequence[Direction]) -> dict[int, Tangent]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,18 +39,24 @@ class Op:
     out_slots: list[int | None]
     adjoint: Tensor | None = field(default=None)
     """Gradient of the summed loss in ``outs[0]``, where the sweep needs it."""
+    memo: dict[Any, Any] = field(default_factory=dict)
+    """What a rule derives from primal values alone: the same for every chunk of directions."""
 
     @property
     def packet(self) -> Any:
         return self.func.overloadpacket
 
+    @cached_property
+    def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tree_unflatten(self.leaves, self.spec)  # type: ignore[no-any-return]
+
     @property
     def args(self) -> tuple[Any, ...]:
-        return tree_unflatten(self.leaves, self.spec)[0]  # type: ignore[no-any-return]
+        return self._arguments[0]
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        return tree_unflatten(self.leaves, self.spec)[1]  # type: ignore[no-any-return]
+        return self._arguments[1]
 
     def call(self, replaced: Mapping[int, Any]) -> Any:
         """The operation with some leaves replaced."""
@@ -81,6 +88,15 @@ class Tape:
     """None: no weight has any influence on the logits."""
     overwritten: set[int]
     """Slots whose tensor has been changed in place since."""
+
+    @cached_property
+    def readers(self) -> dict[int | None, list[Op]]:
+        """For each slot the operations that read it, once for each time that they do."""
+        readers: dict[int | None, list[Op]] = {}
+        for op in self.ops:
+            for i in op.active():
+                readers.setdefault(op.slots[i], []).append(op)
+        return readers
 
 
 def record(forward: Callable[[], Tensor], weights: Sequence[Tensor]) -> Tape:

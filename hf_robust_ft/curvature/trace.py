@@ -75,10 +75,12 @@ def hessian_trace(
       does all layers and examples at once; a probe costs a little less than one forward pass a layer.
     - ``joint=True``: one direction for all layers and ``z_i · (H z)_i``, by one Hessian-vector product of the whole
       batch: a few forward passes a probe. The terms between layers, ``z_iᵀ H_ij z_j``, have mean 0 and add
-      ``Σ_{j≠i} ‖H_ij‖²`` to the variance. Cheaper for a given error where the layers are many.
+      ``Σ_{j≠i} ‖H_ij‖²`` to the variance: on DINOv2-small (74 layers) a layer's variance became 80 times as large
+      (median), but that of the sum over all layers only 1.5 times. So: separate for single layers, joint for sums.
 
     One pass over the dataloader. The same probe meets every example, whatever the batches, so the result does not
-    depend on how examples are batched.
+    depend on how examples are batched. Probes of more than 2^26 numbers in all are drawn again for every batch, which
+    tiny batches make slow.
 
     Args:
         model: measured in eval mode, as it is; nothing in it is changed.
@@ -94,6 +96,7 @@ def hessian_trace(
     Raises:
         ValueError: fewer than 2 probes, a negative seed, a dataloader without examples, no or unknown layers.
         NonFiniteLoss: the message has the number of the example in the pass.
+        NotTwiceDifferentiable: an operation without a second derivative in autograd (joint=True).
     """
     if probes < 2:
         raise ValueError(f"probes is {probes}; a standard error needs at least 2")

@@ -157,7 +157,9 @@ class Engine:
                     total[list(moving)] = value
 
             hessian += sweep(tape, directions, len(labels), head, at_once=together)
-        except Untraceable as problem:
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as problem:  # Untraceable, or a case that a rule was not written for
             self._sweeps = False
             self._note(f"{problem}: all derivatives are taken by autograd, one example at a time")
             return self._differentiated(inputs, labels, directions, first)

@@ -126,7 +126,8 @@ def _batch_norm(op: Op, tangents: Tangents, local: Local) -> list[Tangent | None
     if any(isinstance(a, bool) and a for a in op.args):
         raise Untraceable(f"{op.func} takes its statistics from its input")
     t = tangents[0]
-    weight, variance, eps = op.args[1], op.args[4], op.args[7 if op.packet is aten.native_batch_norm else 6]
+    weight, variance = op.args[1], op.args[4]
+    eps = op.args[6 if op.packet is aten._native_batch_norm_legit_no_training else 7]
     factor = (variance + eps).rsqrt() * (1 if weight is None else weight)
     shape = [-1] + [1] * (op.leaves[0].dim() - 2)
     return [Tangent(t.directions, t.data * factor.detach().reshape(shape)), *[None] * (len(op.outs) - 1)]
@@ -153,7 +154,7 @@ def jointly_linear(op: Op, tangents: Tangents, local: Local) -> list[Tangent | N
 LINEAR: dict[Any, Rule] = {
     **dict.fromkeys([aten.view, aten._unsafe_view, aten.reshape], _view),
     **dict.fromkeys([aten.squeeze, aten.unsqueeze, aten.flatten], _view),
-    **dict.fromkeys([aten.t, aten.transpose, aten.numpy_T], _transpose),
+    **dict.fromkeys([aten.t, aten.transpose], _transpose),
     aten.permute: _permute,
     aten.expand: _expand,
     **dict.fromkeys([aten.clone, aten.contiguous, aten.alias, aten.lift_fresh], _same),

@@ -81,6 +81,22 @@ class HessianReport:
         """Share of the layers whose largest ``vᵀ H⁺ v`` is known, up to the convergence of Lanczos."""
         return sum(layer.positive is not None and layer.positive.settled for layer in self.layers) / len(self.layers)
 
+    def __str__(self) -> str:
+        """A table, one line a layer; ``≥`` where a larger ``vᵀ H⁺ v`` is possible."""
+        head = ("layer", "distance", "max vᵀHv", "max vᵀH⁺v", "bound", "example")
+        rows = [head]
+        for layer in self.layers:
+            best = layer.positive
+            found = "not measured" if best is None else f"{'' if best.settled else '≥ '}{best.maximum:.4g}"
+            numbers = (f"{layer.distance:.4g}", f"{layer.hessian.maximum:.4g}", found, f"{layer.upper.maximum:.4g}")
+            rows.append((layer.name, *numbers, str(layer.upper.example if best is None else best.example)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        loss = f"loss {self.losses.mean:.4g} ± {self.losses.standard_error:.2g}, at most {self.losses.maximum:.4g}"
+        stopped = "" if self.complete else ", stopped early"
+        lines.append(f"{self.examples} examples{stopped}; {loss}; {self.settled:.0%} of the layers settled")
+        return "\n".join(lines)
+
     def save(self, path: str | Path) -> None:
         """Write JSON; a reader never sees half of it."""
         # JSON has no NaN: the standard error of one example is null.

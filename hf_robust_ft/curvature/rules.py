@@ -25,10 +25,13 @@ def rule_of(op: Op) -> Rule | None:
         return None
     if packet is aten.masked_fill and op.slots[2] is not None:
         return None
+    if packet is aten.div and "rounding_mode" in op.kwargs:
+        return None
     if packet in JOINTLY_LINEAR:
         return jointly_linear
     if packet in SLOPED:
-        return sloped
+        (place, *others) = op.active()
+        return sloped if not others and op.leaves[place].shape == op.outs[0].shape else pointwise
     if packet in POINTWISE:
         return pointwise
     return LINEAR.get(packet) or PRODUCTS.get(packet) or NORMS.get(packet)
@@ -43,7 +46,7 @@ def needs_adjoint(op: Op, reach: Mapping[int, int]) -> bool:
     rule = rule_of(op)
     if rule in (jointly_linear, sloped) or (rule is not None and rule is LINEAR.get(op.packet)):
         return False
-    if op.packet is aten.div:
+    if op.packet is aten.div and rule is not None:
         return op.slots[1] is not None
     if op.packet in PRODUCTS:
         parts = [reach[slot] for slot in op.slots if slot is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -28,7 +28,8 @@ CPU_ELEMENTS = 4_000_000
 GPU_SHARE = 0.05
 # Fewer directions at a time only make the matrices small.
 DIRECTIONS = 16
-# Products keep a graph for two backward passes, several times the activations.
+# Products keep a graph for two backward passes, many times the activations: fewer examples.
+PRODUCT_ELEMENTS = 800_000
 PRODUCT_EXAMPLES = 8
 
 
@@ -126,7 +127,11 @@ class Engine:
         first: int = 0,
     ) -> Forms:
         """``vᵀ H v`` (as in :meth:`sweep`), ``‖H v‖``, ``‖P v‖`` and, with Lanczos steps, ``vᵀ H⁺ v``."""
-        size = self._examples_at_once or PRODUCT_EXAMPLES
+        size = self._examples_at_once
+        if size is None:
+            size = max(
+                1, min(PRODUCT_EXAMPLES, _budget(labels.device, PRODUCT_ELEMENTS) // self._width(inputs, labels))
+            )
         parts = []
         for at in range(0, len(labels), size):
             some = some_examples(inputs, len(labels), at, at + size)
@@ -192,27 +197,33 @@ class Engine:
         # Some models take a softmax or a norm in float32 even where all else is float64.
         tolerance = 1e-8 if self._exact else 1e-3
         leaves = self.weights.leaves
-        gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
 
-        def along(direction: Direction, vectors: Sequence[Tensor | None]) -> tuple[float, float]:
+        def along(direction: Direction, vectors: Mapping[int, Tensor | None]) -> tuple[float, float]:
             """Inner product with V, and the largest that it could be."""
-            pairs = [(v.double(), g.double()) for i, v in direction.items() if (g := vectors[i]) is not None]
-            inner = sum((v * g).sum().item() for v, g in pairs)
-            return inner, sum(v.norm().item() * g.norm().item() for v, g in pairs)
+            pairs = [(v.flatten(), g.flatten()) for i, v in direction.items() if (g := vectors.get(i)) is not None]
+            return sum((v @ g).item() for v, g in pairs), sum((v.norm() * g.norm()).item() for v, g in pairs)
 
-        with torch.no_grad():
-            for direction, slope in zip(directions, slopes.tolist(), strict=True):
-                expected, scale = along(direction, gradients)
-                if not abs(slope - expected) <= tolerance * scale:
-                    return False
-        moving = {i: v for i, v in directions[longest].items() if (g := gradients[i]) is not None and g.requires_grad}
-        if not moving:
+        first = dict(enumerate(torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)))
+        for direction, slope in zip(directions, slopes.tolist(), strict=True):
+            expected, scale = along(direction, first)
+            if not abs(slope - expected) <= tolerance * scale:
+                return False
+        moving = directions[longest]
+        used = [i for i in moving if first[i] is not None]
+        del first  # as large as the model
+        if not used:
+            return True
+        gradients = torch.autograd.grad(loss, [leaves[i] for i in used], create_graph=True)
+        bending = [(g, moving[i]) for i, g in zip(used, gradients, strict=True) if g.requires_grad]
+        if not bending:
             return True
         try:
-            bent = torch.autograd.grad([gradients[i] for i in moving], leaves, list(moving.values()), allow_unused=True)
+            bent = torch.autograd.grad(
+                [g for g, _ in bending], [leaves[i] for i in used], [v for _, v in bending], allow_unused=True
+            )
         except (RuntimeError, NotImplementedError):
             return True  # An operation that only the sweep knows how to differentiate twice.
-        expected, scale = along(directions[longest], bent)
+        expected, scale = along(moving, dict(zip(used, bent, strict=True)))
         return abs(hessian[longest].item() - expected) <= tolerance * scale
 
     def _multiplied(
@@ -294,18 +305,21 @@ class Engine:
         batch = len(labels)
         examples, together = self._examples_at_once, self._directions_at_once
         if (examples is None or together is None) and self._sweeps:
-            try:
-                one = some_examples(inputs, batch, 0, 1)
-                width = widest(record(lambda: self.weights.logits(one), self.weights.leaves), len(self.weights.leaves))
-            except Untraceable:
-                width = 1
-            budget = _budget(labels.device)
+            width, budget = self._width(inputs, labels), _budget(labels.device, CPU_ELEMENTS)
             examples = examples or max(1, min(batch, budget // (width * min(directions, DIRECTIONS))))
             together = together or max(1, budget // (width * examples))
         examples = examples or batch
         for at in range(0, batch, examples):
             end = min(batch, at + examples)
             yield at, some_examples(inputs, batch, at, end), labels[at:end], together or directions
+
+    def _width(self, inputs: Inputs, labels: Tensor) -> int:
+        """Elements of the largest activation of one example."""
+        one = some_examples(inputs, len(labels), 0, 1)
+        try:
+            return widest(record(lambda: self.weights.logits(one), self.weights.leaves), len(self.weights.leaves))
+        except Untraceable:
+            return 1
 
     def _one_by_one(
         self, inputs: Inputs, labels: Tensor, measure: Callable[[Inputs, Tensor, int], Forms], first: int
@@ -341,9 +355,9 @@ def _twice() -> Iterator[None]:
         ) from error
 
 
-def _budget(device: torch.device) -> int:
-    """Elements of a tensor with all its directions."""
+def _budget(device: torch.device, on_cpu: int) -> int:
+    """Elements of a tensor that travel together."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * GPU_SHARE / 4)
-    return CPU_ELEMENTS
+    return on_cpu

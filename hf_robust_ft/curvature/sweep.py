@@ -112,7 +112,12 @@ def _leaves(directions: Sequence[Direction]) -> dict[int, Tangent]:
     for d, direction in enumerate(directions):
         for weight in direction:
             along.setdefault(weight, []).append(d)
-    return {w: Tangent(tuple(ds), torch.stack([directions[d][w] for d in ds])) for w, ds in along.items()}
+    return {
+        w: Tangent(
+            tuple(ds), torch.stack([directions[d][w] for d in ds]) if ds[1:] else directions[ds[0]][w].unsqueeze(0)
+        )
+        for w, ds in along.items()
+    }
 
 
 def _order(tape: Tape, directions: Sequence[Direction]) -> list[int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from ..layers import Layer, NotALayer, find_layers
@@ -71,6 +72,11 @@ def _match(found: Sequence[Layer], layers: Mapping[str, str | Sequence[str]]) ->
     return members
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Without DDP or torch.compile around it."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)  # type: ignore[no-any-return]
+
+
 def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:
     """``V = W - W_ref`` of every weight, by parameter name, at least float32, on the weight's device.
 
@@ -78,9 +84,9 @@ def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Modu
         ReferenceMismatch: weights that the reference lacks, or has in another shape; the message names them.
     """
     if isinstance(reference, nn.Module):
-        reference = reference.state_dict()
+        reference = unwrapped(reference).state_dict()
     ways: dict[str, Tensor] = {}
-    missing, misshapen = [], []
+    missing, misshapen, infinite = [], [], []
     for layer in (layer for group in groups for layer in group.members):
         weight = layer.parameter.detach()
         base = next((reference[name] for name in (layer.name, *layer.tied) if name in reference), None)
@@ -90,11 +96,18 @@ def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Modu
             misshapen.append(f"{layer.name} ({tuple(base.shape)} there, {tuple(weight.shape)} in the model)")
         else:
             dtype = torch.promote_types(weight.dtype, torch.float32)
+            if not (weight.isfinite().all() and base.isfinite().all()):
+                infinite.append(layer.name)
             ways[layer.name] = weight.to(dtype) - base.detach().to(weight.device, dtype)
     problems = [
         *([f"has no weights for {', '.join(missing)}"] if missing else []),
         *([f"has another shape for {', '.join(misshapen)}"] if misshapen else []),
     ]
+    if infinite:
+        raise ValueError(
+            f"reference or model has weights that are not finite in {', '.join(infinite)}: there is nothing to "
+            "measure. Look for a training that diverged, or for a damaged checkpoint"
+        )
     if problems:
         raise ReferenceMismatch(
             f"reference {' and '.join(problems)}: it belongs to another model, or lacks a new head. Give the weights "

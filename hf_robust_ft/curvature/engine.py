@@ -24,10 +24,13 @@ Kind = Literal["hessian", "gauss_newton", "hessian_upper", "hessian_psd"]
 
 # Elements of the largest tensor times the directions that travel through it together. On a CPU more falls out of the
 # cache, and less makes matrices small and Python's share large.
-CPU_ELEMENTS = 4_000_000
+CPU_ELEMENTS = 2_000_000
 GPU_SHARE = 0.05
-# Fewer directions at a time only make the matrices small.
+# Directions for which examples make room, and the fewest that travel together.
 DIRECTIONS = 16
+FEWEST_DIRECTIONS = 10
+# Each example of a chunk is told apart by a power of two.
+MOST_EXAMPLES = 60
 # Products keep a graph for two backward passes, many times the activations: fewer examples.
 PRODUCT_ELEMENTS = 800_000
 PRODUCT_EXAMPLES = 8
@@ -100,9 +103,9 @@ class Engine:
         self._examples_at_once = examples_at_once
         self._directions_at_once = directions_at_once
         self._sweeps = True
+        self._cut = False
         self._checked = False
         self._exact = False
-        self._separable: bool | None = None
 
     def sweep(self, inputs: Inputs, labels: Tensor, directions: Sequence[Direction], first: int = 0) -> Forms:
         """``vᵀ H v`` and Gauss-Newton of every example along every direction.
@@ -112,6 +115,7 @@ class Engine:
             directions: each a mapping from the index of a leaf (:attr:`Weights.leaves`) to V.
             first: number of the first example, for messages.
         """
+        self._check_cut(inputs, labels)
         parts = []
         for at, some_inputs, some_labels, together in self._chunks(inputs, labels, len(directions)):
             parts.append(self._swept(some_inputs, some_labels, directions, together, first + at))
@@ -127,6 +131,7 @@ class Engine:
         first: int = 0,
     ) -> Forms:
         """``vᵀ H v`` (as in :meth:`sweep`), ``‖H v‖``, ``‖P v‖`` and, with Lanczos steps, ``vᵀ H⁺ v``."""
+        self._check_cut(inputs, labels)
         size = self._examples_at_once
         if size is None:
             size = max(
@@ -144,39 +149,53 @@ class Engine:
     ) -> Forms:
         if not self._sweeps:
             return self._differentiated(inputs, labels, directions, first)
+        batch = len(labels)
         try:
             tape, losses = self._record(inputs, labels, first)
+            if tape.logits_slot is None or not losses.requires_grad:
+                return self._flat(losses, len(directions))
             curved = prepare(tape, directions, losses)
-            if self._separable is None and len(labels) > 1:
-                self._separable = all(separable([op.outs[0] for op in curved], losses))
-            if len(labels) > 1 and not self._separable:
-                return self._one_by_one(
-                    inputs, labels, lambda i, y, n: self._swept(i, y, directions, together, n), first
-                )
-            gauss_newton = torch.zeros(len(directions), len(labels), dtype=torch.float64, device=labels.device)
-            hessian, slopes = gauss_newton.clone(), gauss_newton.clone()
+        except Untraceable as problem:
+            return self._given_up(str(problem), inputs, labels, directions, first)
+        outs, adjoints = [op.outs[0] for op in curved], [op.adjoint for op in curved if op.adjoint is not None]
+        if not all(separable(outs, adjoints, losses)):
+            self._note("examples don't lie one after the other in memory: they are measured one at a time")
+            return self._one_by_one(inputs, labels, lambda i, y, n: self._swept(i, y, directions, together, n), first)
+        gauss_newton = torch.zeros(len(directions), batch, dtype=torch.float64, device=labels.device)
+        hessian, slopes = gauss_newton.clone(), gauss_newton.clone()
 
-            def head(moving: Sequence[int], tangents: Tensor) -> None:
-                found = self._loss.curvature(tape.logits, labels, tangents)
-                for total, value in zip((hessian, gauss_newton, slopes), found, strict=True):
-                    total[list(moving)] = value
+        def head(moving: Sequence[int], tangents: Tensor) -> None:
+            found = self._loss.curvature(tape.logits, labels, tangents)
+            for total, value in zip((hessian, gauss_newton, slopes), found, strict=True):
+                total[list(moving)] = value
 
-            hessian += sweep(tape, directions, len(labels), head, at_once=together)
+        try:
+            hessian += sweep(tape, directions, batch, head, at_once=together)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as problem:  # Untraceable, or a case that a rule was not written for
-            self._sweeps = False
-            self._note(f"{problem}: all derivatives are taken by autograd, one example at a time")
-            return self._differentiated(inputs, labels, directions, first)
+        except (RuntimeError, TypeError, ValueError, IndexError) as problem:
+            # Untraceable, or a case that a rule was not written for.
+            return self._given_up(str(problem), inputs, labels, directions, first)
         longest = first_to_join(tape, directions)
         self._exact = all(out.dtype == torch.float64 for op in tape.ops for out in op.outs if isinstance(out, Tensor))
         for name in sorted(unruled(tape)):
             self._note(f"{name} has no rule: autograd differentiates it along each direction")
         if not self._checked and not self._agrees(inputs, labels, directions, longest, hessian[:, 0], slopes[:, 0]):
-            self._sweeps = False
-            self._note("the sweep and autograd differ on the first example: all derivatives are taken by autograd")
-            return self._differentiated(inputs, labels, directions, first)
+            why = "the sweep and autograd differ on the first example"
+            return self._given_up(why, inputs, labels, directions, first)
         return Forms(losses.detach().double().cpu(), hessian.t().cpu(), gauss_newton.t().cpu())
+
+    def _given_up(
+        self, problem: str, inputs: Inputs, labels: Tensor, directions: Sequence[Direction], first: int
+    ) -> Forms:
+        self._sweeps = False
+        self._note(f"{problem}: all derivatives are taken by autograd, one example at a time")
+        return self._differentiated(inputs, labels, directions, first)
+
+    def _flat(self, losses: Tensor, directions: int) -> Forms:
+        """Of a loss that depends on none of the weights."""
+        zeros = torch.zeros(len(losses), directions, dtype=torch.float64)
+        return Forms(losses.detach().double().cpu(), zeros, zeros, zeros, zeros, zeros, zeros)
 
     def _agrees(
         self,
@@ -239,10 +258,15 @@ class Engine:
                     use = find_use(tape, leaf, v, batch)
                     if use is not None:
                         uses[d] = use
-            apart = separable([use.out for use in uses.values()], losses)
-            uses = {d: use for (d, use), alone in zip(uses.items(), apart, strict=True) if alone}
-        except Untraceable:
-            losses = self._losses(inputs, labels, first)
+            if not losses.requires_grad:
+                return self._flat(losses, len(directions))
+            if batch > 1 and uses:
+                outs = [use.out for use in uses.values()]
+                apart = separable(outs, torch.autograd.grad(losses.sum(), outs, retain_graph=True), losses)
+                uses = {d: use for (d, use), alone in zip(uses.items(), apart, strict=True) if alone}
+        except Untraceable as problem:
+            self._note(f"{problem}: products are taken in weight space, one example at a time")
+            uses, losses = {}, self._losses(inputs, labels, first)
         found = in_activation_space(list(uses.values()), losses, steps) if uses else []
         columns = {d: _column(product) for d, product in zip(uses, found, strict=True)}
         rest = [d for d in range(len(directions)) if d not in columns]
@@ -264,6 +288,8 @@ class Engine:
             return self._one_by_one(inputs, labels, lambda i, y, n: self._differentiated(i, y, directions, n), first)
         logits = self.weights.logits(inputs)
         losses = self._finite(self._loss(logits, labels), first)
+        if not losses.requires_grad:
+            return self._flat(losses, len(directions))
         with _twice():
             return self._reversed(logits, losses, labels, directions)
 
@@ -275,12 +301,14 @@ class Engine:
         for direction in directions:
             leaves = [self.weights.leaves[i] for i in direction]
             hessian.append(in_weight_space(leaves, list(direction.values()), losses[0], None).form)
-            used = [i for i in direction if pulled[i] is not None]
-            tangents = torch.zeros_like(logits)
+            used = [(p, v) for i, v in direction.items() if (p := pulled[i]) is not None and p.requires_grad]
+            tangents = None
             if used:
                 (tangents,) = torch.autograd.grad(
-                    [pulled[i] for i in used], dummy, [direction[i] for i in used], retain_graph=True
+                    [p for p, _ in used], dummy, [v for _, v in used], retain_graph=True, allow_unused=True
                 )
+            if tangents is None:
+                tangents = torch.zeros_like(logits)
             gauss_newton.append(self._loss.curvature(logits, labels, tangents.unsqueeze(0))[1][0])
         return Forms(losses.detach().double().cpu(), torch.stack(hessian, 1).cpu(), torch.stack(gauss_newton, 1).cpu())
 
@@ -306,12 +334,28 @@ class Engine:
         examples, together = self._examples_at_once, self._directions_at_once
         if (examples is None or together is None) and self._sweeps:
             width, budget = self._width(inputs, labels), _budget(labels.device, CPU_ELEMENTS)
-            examples = examples or max(1, min(batch, budget // (width * min(directions, DIRECTIONS))))
-            together = together or max(1, budget // (width * examples))
+            examples = examples or max(1, min(batch, MOST_EXAMPLES, budget // (width * min(directions, DIRECTIONS))))
+            together = together or max(FEWEST_DIRECTIONS, budget // (width * examples))
         examples = examples or batch
         for at in range(0, batch, examples):
             end = min(batch, at + examples)
             yield at, some_examples(inputs, batch, at, end), labels[at:end], together or directions
+
+    def _check_cut(self, inputs: Inputs, labels: Tensor) -> None:
+        """Refuse a model whose first example is another one alone than in its batch."""
+        if self._cut or len(labels) == 1:
+            return
+        self._cut = True
+        with torch.no_grad():
+            whole = self.weights.logits(inputs)
+            alone = self.weights.logits(some_examples(inputs, len(labels), 0, 1))
+        tolerance = 1e-3 * whole.abs().max().item()
+        if len(whole) == len(labels) and not torch.allclose(whole[:1], alone, rtol=0, atol=tolerance):
+            raise ValueError(
+                f"batch: the first of {len(labels)} examples has other logits alone than in the batch. Either an input "
+                "that all examples share has as many rows as there are examples (give a batch of another size), or the "
+                "examples of a batch influence each other, and then there is no loss of one example"
+            )
 
     def _width(self, inputs: Inputs, labels: Tensor) -> int:
         """Elements of the largest activation of one example."""

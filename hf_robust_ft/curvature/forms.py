@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..corrected_loss import CorrectedLoss
 from ..layers import NotALayer
-from .directions import Layers, group_layers, lengths_of, travelled
+from .directions import Layers, group_layers, lengths_of, travelled, unwrapped
 from .engine import Engine, Forms, Kind
 from .loss import ExampleLoss, LossFunction
-from .model import measuring, split_batch, unwrapped
+from .model import measuring, split_batch
 
 LANCZOS_STEPS = 20
 
@@ -94,6 +94,8 @@ def layer_quadratic_forms(
     groups, left_out = group_layers(model, layers)
     ways = travelled(groups, reference)
     inputs, labels = split_batch(batch, model)
+    if not len(labels):
+        raise ValueError("batch has no examples: there is nothing to measure")
     with measuring(model):
         engine = Engine(
             model, groups, ExampleLoss(loss, model),

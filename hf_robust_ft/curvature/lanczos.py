@@ -28,6 +28,9 @@ def positive_part(product: Callable[[Tensor], Tensor], start: Tensor, steps: int
     shape, batch = start.shape, len(start)
     v = start.reshape(batch, -1)
     steps = min(steps, v.shape[1])
+    if not steps:  # an example that the layer never sees
+        nothing = torch.zeros(batch, dtype=torch.float64, device=v.device)
+        return nothing, nothing
     norm = v.norm(dim=1, keepdim=True)
     q = _divided(v, norm)
     basis = q.new_zeros(batch, steps, v.shape[1])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..corrected_loss import CorrectedLoss, loss_type
 from ..losses import cross_entropy
-from ..noise import IGNORE_INDEX
+from ..noise import IGNORE_INDEX, check_labels
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """``(logits [B, …, K], labels [B, …]) → [B]``, one loss for each example."""
@@ -94,7 +94,11 @@ class ExampleLoss:
                 f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; cross entropy needs one "
                 "row of logits, classes last, for each label. For another loss give loss="
             )
-        losses, kept = cross_entropy(logits, labels), labels != IGNORE_INDEX
+        kept = labels != IGNORE_INDEX
+        outside = kept & ((labels < 0) | (labels >= logits.shape[-1]))
+        if outside.any():
+            check_labels(labels[outside].cpu().numpy(), logits.shape[-1])
+        losses = cross_entropy(logits, labels)
         return losses.reshape(len(labels), -1).sum(1), kept.reshape(len(labels), -1).sum(1)
 
 

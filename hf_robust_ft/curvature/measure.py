@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..corrected_loss import CorrectedLoss
-from .directions import Group, Layers, group_layers, lengths_of, travelled
+from .directions import Group, Layers, group_layers, lengths_of, travelled, unwrapped
 from .engine import Engine
 from .forms import LANCZOS_STEPS, check_counts
 from .loss import ExampleLoss, LossFunction
-from .model import Inputs, measuring, some_examples, split_batch, unwrapped
+from .mean import numbered_batches
+from .model import Inputs, measuring, some_examples
 from .report import HessianReport, LayerCurvature, PositivePart, Statistic
 from .sweep import Direction
 
@@ -154,17 +155,11 @@ class _Run:
         self._estimate = math.nan
 
     def first_pass(self, dataloader: Iterable[Any], model: nn.Module) -> None:
-        # Not len(): a DataLoader over an iterable data set has one that raises.
         batches = length_hint(dataloader) or None
-        with tqdm(total=batches, desc="sound bounds", unit="batch", disable=None) as bar:
-            for batch in dataloader:
-                inputs, labels = split_batch(batch, model)
-                if not self.examples:
-                    self._predict(inputs, batches)
-                self._add(inputs, labels)
-                bar.update()
-        if not self.examples:
-            raise ValueError("dataloader gave no batch: there is nothing to measure. Give it data, or a new iterator")
+        for _, inputs, labels in numbered_batches(dataloader, model, "sound bounds"):
+            if not self.examples:
+                self._predict(inputs, batches)
+            self._add(inputs, labels)
 
     def _predict(self, inputs: Inputs, batches: int | None) -> None:
         with torch.no_grad():

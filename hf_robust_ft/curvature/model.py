@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..corrected_loss import find_logits
@@ -19,41 +20,36 @@ from .directions import Group
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Without DDP or torch.compile around it."""
-    return extract_model_from_parallel(model, keep_torch_compile=False)  # type: ignore[no-any-return]
-
-
 @contextlib.contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
     """Put a model into the state that it is measured in, and back, also after an error.
 
     Eval mode; attention by ``sdpa`` (or ``eager``, where the model has no sdpa) with the kernels that autograd can
-    differentiate twice; no autocast; no TF32 in convolutions; embeddings without a padding row.
+    differentiate twice; no autocast; no TF32; gradients enabled.
     """
     training = {module: module.training for module in model.modules()}
     configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
     attention = {key: config._attn_implementation_internal for key, config in configs.items()}
-    # A padding row has no gradient in training, but the loss depends on it like on any other.
-    padding = {module: module.padding_idx for module in model.modules() if type(module) is nn.Embedding}
     device = next(model.parameters()).device.type
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("curvature needs gradients; leave torch.inference_mode() for the measurement")
     try:
+        torch.backends.cuda.matmul.allow_tf32 = False
         model.eval()
-        for embedding in padding:
-            embedding.padding_idx = None
         if any(name not in ("sdpa", "eager", None) for name in attention.values()):
             _decompose_attention(model)
         with (
             sdpa_kernel(SDPBackend.MATH),
             torch.autocast(device, enabled=False),
+            torch.enable_grad(),
             torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
         ):
             yield
     finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
         for module, mode in training.items():
             module.training = mode
-        for embedding, row in padding.items():
-            embedding.padding_idx = row
         for key, config in configs.items():
             config._attn_implementation_internal = attention[key]
 
@@ -65,6 +61,16 @@ def _decompose_attention(model: nn.Module) -> None:
                 module.set_attn_implementation("sdpa")
             except ValueError:
                 module.set_attn_implementation("eager")
+
+
+class _PaddingIsARow(TorchFunctionMode):
+    """Embeddings as functions of all their rows: training has no gradient for padding, but the loss depends on it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.embedding:
+            args, kwargs = args[:2] + (None,) * (len(args) > 2) + args[3:], {**(kwargs or {})}
+            kwargs.pop("padding_idx", None)
+        return func(*args, **(kwargs or {}))
 
 
 class Weights:
@@ -118,7 +124,8 @@ class Weights:
         named = {key: self.raised(value) for key, value in inputs.items()} if isinstance(inputs, Mapping) else {}
         # A copy, as functional_call writes to the dictionary where weights are tied.
         state = dict(self._state)
-        return find_logits(torch.func.functional_call(self._model, state, args, {**self._extra, **named}))
+        with _PaddingIsARow():
+            return find_logits(torch.func.functional_call(self._model, state, args, {**self._extra, **named}))
 
 
 def split_batch(batch: Any, model: nn.Module) -> tuple[Inputs, Tensor]:
@@ -133,12 +140,12 @@ def split_batch(batch: Any, model: nn.Module) -> tuple[Inputs, Tensor]:
         if name is None:
             raise ValueError(f"batch has the keys {sorted(batch)}; it needs 'labels', one for each example")
         inputs: Inputs = {key: _to(value, device) for key, value in batch.items() if key != name}
-        return inputs, _to(batch[name], device)
+        return inputs, _labels(batch[name], device)
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         inputs, labels = batch
         if isinstance(inputs, Mapping):
-            return {key: _to(value, device) for key, value in inputs.items()}, _to(labels, device)
-        return (_to(inputs, device),), _to(labels, device)
+            return {key: _to(value, device) for key, value in inputs.items()}, _labels(labels, device)
+        return (_to(inputs, device),), _labels(labels, device)
     raise ValueError(f"batch is a {type(batch).__name__}; give a mapping with 'labels', or a pair (inputs, labels)")
 
 
@@ -156,3 +163,10 @@ def some_examples(inputs: Inputs, examples: int, first: int, end: int) -> Inputs
 
 def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _labels(labels: Any, device: torch.device) -> Tensor:
+    found = torch.as_tensor(labels, device=device)
+    if found.dim() == 0:
+        raise ValueError("labels is a single number; give a tensor with one label, or row of labels, for each example")
+    return found

@@ -1,4 +1,4 @@
-"""Rules of normalisations: softmax and its logarithm, layer, group and RMS norms."""
+"""Rules of normalisations: softmax, its logarithm, logsumexp, layer and group norm (RMS norm is elementwise work)."""
 
 from __future__ import annotations
 

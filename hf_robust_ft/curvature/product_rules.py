@@ -60,7 +60,7 @@ def _matmul(op: Op, tangents: Tangents, local: Local) -> list[Tangent | None]:
 
 def _appends(op: Op, a: Tangent, b: Tangent) -> bool:
     """Whether this is a linear layer whose own direction joins those that arrive, the case that counts for speed."""
-    plain = op.packet in (aten.mm, aten.addmm) and not op.kwargs and op.slots[0] in (None, op.slots[-2])
+    plain = op.packet is aten.mm or (op.packet is aten.addmm and op.slots[0] is None and not op.kwargs)
     return plain and a.directions[-1] < b.directions[0]
 
 

@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 
 from ..corrected_loss import CorrectedLoss
 from ..layers import NotALayer
-from .directions import Layers, group_layers
+from .directions import Layers, group_layers, unwrapped
 from .interval import mean_and_error
 from .loss import ExampleLoss, LossFunction
 from .mean import BAR_DELAY, MeanLoss
-from .model import measuring, unwrapped
+from .model import measuring
 from .probes import Distribution, Probes
 
 WHOLE_MODEL: Layers = {"model": "*"}

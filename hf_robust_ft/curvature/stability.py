@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..corrected_loss import CorrectedLoss
-from .directions import Group, Layers, group_layers
+from .directions import Group, Layers, group_layers, unwrapped
 from .interval import mean_and_error, student_interval
 from .loss import ExampleLoss, LossFunction
 from .mean import MeanLoss
-from .model import Inputs, measuring, unwrapped
+from .model import Inputs, measuring
 from .probes import Probes
 from .trace import TraceEstimate, joint_samples, trace_estimate
 

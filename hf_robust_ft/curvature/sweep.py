@@ -49,22 +49,34 @@ def prepare(tape: Tape, directions: Sequence[Direction], losses: Tensor) -> list
     return curved
 
 
-def separable(outs: Sequence[Tensor], losses: Tensor) -> list[bool]:
+def separable(outs: Sequence[Tensor], adjoints: Sequence[Tensor], losses: Tensor) -> list[bool]:
     """Which tensors hold the examples of a batch one after the other, so that each can be told from the next.
 
-    A chunk of several examples is swept only if all outputs of curved operations do: then only the first
-    example's share of each may matter for the first example's loss.
+    Each example's loss is multiplied by a power of two of its own, which is exact: then so must be its share of each
+    gradient, and no other.
+
+    Args:
+        outs: outputs of operations.
+        adjoints: gradients of the summed loss in them.
+        losses: [examples], with autograd's graph.
     """
-    if len(losses) == 1 or not outs:
+    examples = len(losses)
+    if examples == 1 or not outs:
         return [True] * len(outs)
-    alone = torch.autograd.grad(losses[0], outs, retain_graph=True, allow_unused=True)
-    return [adjoint is not None and _leading_share(adjoint, len(losses)) for adjoint in alone]
-
-
-def _leading_share(adjoint: Tensor, examples: int) -> bool:
-    if adjoint.dim() == 0 or adjoint.shape[0] % examples:
-        return False
-    return not adjoint[adjoint.shape[0] // examples :].any()
+    powers = 2.0 ** (torch.arange(examples, dtype=losses.dtype, device=losses.device) - examples // 2)
+    marked = torch.autograd.grad((losses * powers).sum(), outs, retain_graph=True, allow_unused=True)
+    return [
+        found is not None
+        and found.dim() > 0
+        and len(found) % examples == 0
+        and torch.allclose(
+            found.reshape(examples, -1),
+            adjoint.reshape(examples, -1) * powers.unsqueeze(1).to(found),
+            rtol=1e-3,
+            atol=0,
+        )
+        for found, adjoint in zip(marked, adjoints, strict=True)
+    ]
 
 
 def sweep(tape: Tape, directions: Sequence[Direction], examples: int, head: Head, *, at_once: int) -> Tensor:

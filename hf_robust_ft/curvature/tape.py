@@ -133,8 +133,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         slot = self._slots.get(_region(tensor))
         if slot is None or slot in self._hidden:
             raise Untraceable(
-                f"{reader} reads a tensor of shape {tuple(tensor.shape)} that comes out of a custom "
-                "autograd.Function, or was changed in place through a view"
+                f"{reader} reads a tensor of shape {tuple(tensor.shape)} whose origin is hidden: a custom "
+                "autograd.Function, a computation without gradients or in complex numbers, or a change through a view"
             )
         return slot
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..corrected_loss import CorrectedLoss
 from ..layers import NotALayer
-from .directions import Group, Layers, group_layers
+from .directions import Group, Layers, group_layers, unwrapped
 from .engine import Engine
 from .interval import mean_and_error, student_interval
 from .loss import ExampleLoss, LossFunction
 from .mean import Bend, MeanLoss, numbered_batches
-from .model import measuring, unwrapped
+from .model import measuring
 from .probes import Probes
 
 # Entries of the probes that are swept together: 64 MB in float32.

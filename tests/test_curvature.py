@@ -3,61 +3,21 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import oracle
 import pytest
 import torch
-from oracle import CASES, LABELS, VECTORS, Apply, Case, Loss, assert_agree, find_case, layer_groups, perturbed_reference
+from measured import EXACT, KINDS, NOT_TWICE, as_double, batch_of, each_kind, expected, forms, single, tolerance
+from oracle import CASES, LABELS, VECTORS, Case, Loss, assert_agree, find_case, layer_groups, perturbed_reference
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_robust_ft.corrected_loss import CorrectedLoss
-from hf_robust_ft.curvature import (
-    NotTwiceDifferentiable,
-    QuadraticForms,
-    elementwise_rules,
-    layer_quadratic_forms,
-    rules,
-)
+from hf_robust_ft.curvature import NotTwiceDifferentiable, layer_quadratic_forms
 from hf_robust_ft.curvature.engine import Kind
-from hf_robust_ft.curvature.local import Local, Rule, Tangents
-from hf_robust_ft.curvature.tangent import Tangent
-from hf_robust_ft.curvature.tape import Op, aten
-
-KINDS: list[Kind] = ["hessian", "gauss_newton", "hessian_upper", "hessian_psd"]
-EXACT = 1000
-"""More Lanczos steps than any layer here has weights."""
-# Operations without a second derivative in torch: only the sweep, which has rules for them, measures these.
-NOT_TWICE = {"hardsigmoid", "embedding_bag"}
-
-each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def batch_of(case: Case, rows: Sequence[int] = range(oracle.EXAMPLES)) -> dict[str, Tensor]:
-    return {name: x[list(rows)] for name, x in {**case.inputs, "labels": case.labels}.items()}
-
-
-def forms(case: Case, kind: Kind = "hessian", *, rows: Sequence[int] = range(3), **settings: Any) -> QuadraticForms:
-    """Of a case around its perturbed reference, Lanczos to the end."""
-    model = case.model()
-    if case.name == "tied_embedding":  # a language model that the engine can't recognize
-        settings.setdefault("loss", case.loss())
-    settings.setdefault("lanczos_steps", EXACT)
-    return layer_quadratic_forms(model, batch_of(case, rows), perturbed_reference(model), kind=kind, **settings)
-
-
-@functools.cache
-def expected(case: Case) -> oracle.Measures:
-    return case.measure()
-
-
-def tolerance(case: Case) -> float:
-    return 1e-8 if case.tolerance < 1e-8 else max(1e-7, case.tolerance)
 
 
 def test_kinds_are_those_of_the_engine() -> None:
@@ -84,8 +44,8 @@ def test_every_case_agrees_with_the_oracle(case: Case, kind: Kind) -> None:
 # -------------------------------------------------------------------------------------------------------- losses
 
 WITH_LOSSES = [
-    "gelu", "tanh", "relu", "conv2d", "bert", "bert_tokens", "vit", "gpt2_causal", "token_labels", "tied_linear",
-    "tied_embedding", "embedding", "gru", "dinov2_swiglu",
+    "gelu", "conv2d", "bert", "bert_tokens", "vit", "gpt2_causal", "token_labels", "tied_linear", "tied_embedding",
+    "embedding",
 ]  # fmt: skip
 
 
@@ -96,10 +56,10 @@ def test_corrected_losses_agree_with_the_oracle(name: str, correction: Any, kind
     case = find_case(name)
     transition = oracle.some_transition(case.classes).numpy()
     loss = CorrectedLoss(correction, transition, num_classes=case.classes, shift=case.shift)
-    measures = case.measure(correction)
-    assert_agree(forms(case, kind, loss=loss).values.T, getattr(measures, kind), tolerance(case))
-    # The correction matters: plain cross entropy is something else.
-    assert (getattr(measures, kind) - getattr(expected(case), kind)).abs().max() > 1e-5 or correction == "backward"
+    corrected, plain = getattr(expected(case, correction), kind), getattr(expected(case), kind)
+    assert_agree(forms(case, kind, loss=loss).values.T, corrected, tolerance(case))
+    if (correction, kind) != ("backward", "gauss_newton"):  # whose logit Hessian is that of plain cross entropy
+        assert (corrected - plain).abs().max() > 1e-3 * plain.abs().max()
 
 
 @dataclass(frozen=True)
@@ -130,16 +90,18 @@ class Margin(Loss):
         return torch.zeros(len(logits), dtype=torch.float64)
 
 
+@functools.cache
+def user_loss(loss: type[Loss], case: Case) -> Loss:
+    return loss("plain", oracle.some_transition(case.classes), case.shift)
+
+
 @each_kind
 @pytest.mark.parametrize("loss", [Generalized, Smoothed, Margin])
 @pytest.mark.parametrize("name", ["gelu", "conv2d", "bert", "bert_tokens", "gpt2_causal", "tied_embedding"])
 def test_a_users_function_agrees_with_the_oracle(name: str, loss: type[Loss], kind: Kind) -> None:
-    case, model = find_case(name), find_case(name).model()
-    function = loss("plain", oracle.some_transition(case.classes), case.shift)
-    measures = oracle.measure(
-        model, case.inputs, case.labels, function, layer_groups(model), perturbed_reference(model)
-    )
-    assert_agree(forms(case, kind, loss=function).values.T, getattr(measures, kind), 1e-8)
+    case = find_case(name)
+    function = user_loss(loss, case)
+    assert_agree(forms(case, kind, loss=function).values.T, getattr(expected(case, function), kind), 1e-8)
 
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
@@ -166,18 +128,18 @@ def test_targets_may_be_real_numbers_where_the_loss_is_given(kind: Kind) -> None
 # -------------------------------------------------------------------------------------------------------- groups
 
 
-@pytest.mark.parametrize("kind", ["hessian", "gauss_newton", "hessian_upper", "hessian_psd"])
+@each_kind
 @pytest.mark.parametrize(
     "name",
     [
-        "gelu", "tied_linear", "products_of_weights", "transformer_layer_pre_norm", "multihead_attention", "bert",
-        "bert_two_blocks", "albert", "gpt2_causal", "resnet", "vit", "lstm", "conv2d", "weight_norm",
+        "tied_linear", "products_of_weights", "transformer_layer_pre_norm", "multihead_attention", "bert_two_blocks",
+        "albert", "gpt2_causal", "resnet", "vit", "lstm", "conv2d", "weight_norm",
     ],
 )  # fmt: skip
 def test_blocks_agree_with_the_oracle(name: str, kind: Kind) -> None:
-    case, model = find_case(name), find_case(name).model()
-    measures = case.measure(groups=oracle.block_groups(model))
-    assert_agree(forms(case, kind, layers="blocks").values.T, getattr(measures, kind), 1e-8)
+    case = find_case(name)
+    found = forms(case, kind, layers="blocks").values.T
+    assert_agree(found, getattr(expected(case, layers="blocks"), kind), 1e-8)
 
 
 def test_blocks_are_named_after_the_modules_that_hold_them() -> None:
@@ -213,12 +175,11 @@ def names_set(reasons: Mapping[str, str], part: str) -> set[str]:
 
 
 @each_kind
-@pytest.mark.parametrize("name", ["tied_linear", "gpt2_causal", "tied_embedding", "albert", "products_of_weights"])
+@pytest.mark.parametrize("name", ["tied_linear", "gpt2_causal", "tied_embedding", "products_of_weights"])
 def test_all_weights_may_be_one_group(name: str, kind: Kind) -> None:
     case = find_case(name)
     found = forms(case, kind, layers={"all": "*"})
-    measures = case.measure(groups=[[name for (name,) in layer_groups(case.model())]])
-    assert_agree(found.values.T, getattr(measures, kind), 1e-8)
+    assert_agree(found.values.T, getattr(expected(case, layers="all"), kind), 1e-8)
 
 
 def test_a_tied_weight_goes_by_each_of_its_names() -> None:
@@ -238,33 +199,37 @@ def test_a_group_is_more_than_the_sum_of_its_layers() -> None:
 # -------------------------------------------------------------------------------------------------- batch and chunks
 
 STEADY = [
-    "gelu", "layer_norm", "conv2d", "batch_norm2d", "group_norm", "conv1d", "attention", "multihead_attention",
-    "transformer_layer_post_norm", "embedding", "embedding_padding", "token_labels", "tied_linear",
-    "products_of_weights", "weight_norm", "gru", "bert", "bert_tokens", "vit", "gpt2", "gpt2_causal", "resnet",
-    "swin", "deberta_v2", "mixtral_causal",
+    "gelu", "conv2d", "batch_norm2d", "group_norm", "conv1d", "attention", "multihead_attention", "embedding",
+    "embedding_padding", "token_labels", "tied_linear", "products_of_weights", "weight_norm", "gru", "bert_tokens",
+    "vit", "gpt2", "gpt2_causal", "resnet", "mixtral_causal",
 ]  # fmt: skip
-ORDERS = [[0, 1, 2], [2, 0], [1], [2, 1, 1, 0, 2, 0, 1]]
+SEVEN = [2, 1, 1, 0, 2, 0, 1]
 
 
-@each_kind
+@pytest.mark.parametrize("kind", ["hessian", "hessian_upper", "hessian_psd"])
 @pytest.mark.parametrize("name", STEADY)
 def test_an_example_gives_the_same_in_any_batch(name: str, kind: Kind) -> None:
     case = find_case(name)
     expected_values = getattr(expected(case), kind)
-    for rows in ORDERS[1:]:
+    for rows in ([1], [2, 0], SEVEN):
         found = forms(case, kind, rows=rows).values
-        assert_agree(found.T, expected_values[:, rows], tolerance(case))
+        # With all examples beside it, so that errors are relative to the layer's maximum over all of them.
+        assert_agree(
+            torch.cat([found.T, expected_values], 1),
+            torch.cat([expected_values[:, rows], expected_values], 1),
+            tolerance(case),
+        )
 
 
 @each_kind
-@pytest.mark.parametrize("name", ["gelu", "conv2d", "embedding", "bert_two_blocks", "gpt2_causal", "products_of_weights"])
+@pytest.mark.parametrize("name", ["gelu", "conv2d", "embedding", "bert", "gpt2_causal", "products_of_weights"])
 def test_chunks_do_not_matter(name: str, kind: Kind) -> None:
-    case, rows = find_case(name), ORDERS[-1]
+    case, rows = find_case(name), SEVEN
     expected_values = getattr(expected(case), kind)[:, rows]
-    for examples, directions in itertools.product((1, 2, 3, 100), (None, 1, 3, 100)):
-        if directions is None or kind in ("hessian", "gauss_newton"):
-            found = forms(case, kind, rows=rows, examples_at_once=examples, directions_at_once=directions)
-            assert_agree(found.values.T, expected_values, 1e-8)
+    sweeps = kind in ("hessian", "gauss_newton")
+    for examples, directions in [(1, 1), (2, None), (3, 3), (None, 2), (100, 100)] if sweeps else [(2, None), (100, 1)]:
+        found = forms(case, kind, rows=rows, examples_at_once=examples, directions_at_once=directions)
+        assert_agree(found.values.T, expected_values, 1e-8)
 
 
 class ClassToken(nn.Module):
@@ -326,10 +291,8 @@ SHUFFLED = [
 @pytest.mark.parametrize("layers", ["weights", "blocks"])
 @pytest.mark.parametrize("case", SHUFFLED, ids=str)
 def test_examples_are_told_apart_wherever_they_lie(case: Case, layers: Any, kind: Kind) -> None:
-    model = case.model()
-    groups = layer_groups(model) if layers == "weights" else oracle.block_groups(model)
-    measures = case.measure(groups=groups)
-    assert_agree(forms(case, kind, layers=layers).values.T, getattr(measures, kind), 1e-8)
+    found = forms(case, kind, layers=layers).values.T
+    assert_agree(found, getattr(expected(case, layers=layers), kind), 1e-8)
 
 
 @pytest.mark.parametrize("kind", ["hessian", "hessian_upper"])
@@ -368,43 +331,38 @@ SMOOTH_CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 
 
+@functools.cache
+def image_case(name: str) -> Case:
+    # The second backward pass of group norm fails under vmap, in torch 2.13.
+    path: oracle.Path = "row by row" if name == "group_norm" else "reverse over reverse"
+    return Case(name, SMOOTH_CONVOLUTIONS[name], oracle.IMAGES, LABELS, path=path)
+
+
 @each_kind
 @pytest.mark.parametrize("rows", [[0], [1, 2], [0, 1, 2]])
 @pytest.mark.parametrize("name", SMOOTH_CONVOLUTIONS)
 def test_images_agree_with_the_oracle_alone_and_together(name: str, rows: list[int], kind: Kind) -> None:
-    path: oracle.Path = "row by row" if name == "group_norm" else "reverse over reverse"
-    case = Case(name, SMOOTH_CONVOLUTIONS[name], oracle.IMAGES, LABELS, path=path)
-    assert_agree(forms(case, kind, rows=rows).values.T, getattr(case.measure(), kind)[:, rows], 1e-8)
+    case = image_case(name)
+    assert_agree(forms(case, kind, rows=rows).values.T, getattr(expected(case), kind)[:, rows], 1e-8)
 
 
 # ------------------------------------------------------------------------------------------- precision and ordering
-
-
-def single(case: Case) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
-    """Model, batch and reference of a case in float32."""
-    model = case.model().float()
-    batch = {name: x.float() if x.is_floating_point() else x for name, x in batch_of(case).items()}
-    return model, batch, perturbed_reference(model)
-
-
-def as_double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
 
 
 # Where a kink or a choice is within rounding, both precisions are right, each at its place.
 SMOOTH_ENOUGH = [case for case in CASES if case.name != "tied_embedding"]
 
 
-@pytest.mark.parametrize("kind", ["hessian", "hessian_upper"])
 @pytest.mark.parametrize("case", SMOOTH_ENOUGH, ids=str)
-def test_single_precision_is_close_to_double(case: Case, kind: Kind) -> None:
-    if case.name in NOT_TWICE and kind == "hessian_upper":
-        pytest.skip("not twice differentiable")
+def test_single_precision_is_close_to_double(case: Case) -> None:
     model, batch, reference = single(case)
-    found = layer_quadratic_forms(model, batch, reference, kind=kind).values
+    kinds: list[Kind] = ["hessian"] if case.name in NOT_TWICE else ["hessian", "hessian_upper"]
+    found = [layer_quadratic_forms(model, batch, reference, kind=kind).values for kind in kinds]
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    double = layer_quadratic_forms(model.double(), as_double(batch), as_double(reference), kind=kind).values
-    assert_agree(found.T, double.T, 1e-4)
+    model, batch, reference = model.double(), as_double(batch), as_double(reference)
+    for kind, values in zip(kinds, found, strict=True):
+        double = layer_quadratic_forms(model, batch, reference, kind=kind).values
+        assert_agree(values.T, double.T, 1e-4)
 
 
 @pytest.mark.parametrize("steps", [2, 5, EXACT])
@@ -486,109 +444,3 @@ def test_batches_come_in_several_forms(batch: Any) -> None:
     case = find_case("gelu")
     model = case.model()
     assert torch.equal(layer_quadratic_forms(model, batch, perturbed_reference(model)).values, forms(case).values)
-
-
-# ------------------------------------------------------------------------------------------------- self-check and notes
-
-
-def test_rules_leave_no_note() -> None:
-    for name in ("gelu", "conv2d", "batch_norm2d", "bert", "vit", "gpt2_causal", "swin", "deberta_v2"):
-        assert forms(find_case(name)).notes == ()
-
-
-@pytest.mark.parametrize(
-    ("name", "note"),
-    [
-        ("amax", "amax.* has no rule: autograd differentiates it along each direction"),
-        ("cumsum_cumprod", "cumprod.* has no rule"),
-        ("bilinear", "_trilinear.* has no rule"),
-        ("convnext", None),
-        ("instance_norm", "statistics from its input: all derivatives are taken by autograd"),
-        ("inplace_ops", "copy_.* changes a tensor in place through a view: all derivatives"),
-        ("lstm", "in place through a view: all derivatives"),
-        ("custom_function", "custom autograd.Function.*: all derivatives"),
-        ("custom_function_old_style", "custom autograd.Function.*: all derivatives"),
-    ],
-)
-def test_what_has_no_rule_is_named(name: str, note: str | None) -> None:
-    found = forms(find_case(name))
-    assert_agree(found.values.T, expected(find_case(name)).hessian, 1e-8)
-    assert (len(found.notes) == 1 and re.search(note, found.notes[0])) if note else found.notes == ()
-
-
-OTHERS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "two results": (lambda x: sum(torch.var_mean(x, -1, keepdim=True), x), "var_mean.* has several results and no rule"),
-    "sinc": (lambda x: torch.sinc(x) * x, "sinc.* has no rule"),
-    "determinant": (lambda x: x * torch.linalg.det(x.view(-1, 2, 2)).unsqueeze(-1), "linalg_det"),
-    "inverse": (lambda x: torch.linalg.inv(x.view(-1, 2, 2) + 3 * torch.eye(2).double()).flatten(1), "linalg_inv"),
-}
-
-
-@each_kind
-@pytest.mark.parametrize("name", OTHERS)
-def test_operations_that_nobody_thought_of_are_named_and_right(name: str, kind: Kind) -> None:
-    function, note = OTHERS[name]
-    case = Case(name, lambda: oracle._mlp(nn.Sequential(nn.Tanh(), Apply(function))), VECTORS, LABELS)
-    found = forms(case, kind)
-    assert_agree(found.values.T, getattr(case.measure(), kind), 1e-8)
-    assert any(note.partition(".*")[0] in said for said in found.notes) == (kind in ("hessian", "gauss_newton"))
-
-
-def wrong_bend(factor: float) -> Rule:
-    """The right first derivative, and a wrong second one."""
-
-    def rule(op: Op, tangents: Tangents, local: Local) -> Sequence[Tangent | None]:
-        own = Local(torch.zeros_like(local.values))
-        result = RIGHT(op, tangents, own)
-        local.values += factor * own.values
-        return result
-
-    return rule
-
-
-def wrong_slope(op: Op, tangents: Tangents, local: Local) -> Sequence[Tangent | None]:
-    return [t and Tangent(t.directions, 1.01 * t.data) for t in RIGHT(op, tangents, local)]
-
-
-RIGHT = elementwise_rules.pointwise
-WRONG: dict[str, Rule] = {"bend": wrong_bend(1.01), "no bend": wrong_bend(0), "slope": wrong_slope}
-
-
-@pytest.fixture
-def replaced_gelu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "POINTWISE", rules.POINTWISE - {aten.gelu})
-    monkeypatch.setitem(rules.NORMS, aten.gelu, WRONG[request.param])
-
-
-each_wrong_rule = pytest.mark.parametrize("replaced_gelu", WRONG, indirect=True)
-
-
-@each_wrong_rule
-@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
-@pytest.mark.parametrize("name", ["gelu", "conv2d", "bert", "vit", "token_labels"])
-def test_a_wrong_rule_is_noticed_and_not_used(name: str, kind: Kind, replaced_gelu: None) -> None:
-    case = find_case(name)
-    for layers, groups in (("weights", layer_groups), ("blocks", oracle.block_groups)):
-        found = forms(case, kind, layers=layers)
-        assert found.notes == ("the sweep and autograd differ on the first example: all derivatives are taken by autograd",)
-        assert_agree(found.values.T, getattr(case.measure(groups=groups(case.model())), kind), 1e-8)
-
-
-@pytest.mark.parametrize("replaced_gelu", ["no bend", "slope"], indirect=True)
-def test_a_wrong_rule_is_noticed_in_single_precision(replaced_gelu: None) -> None:
-    model, batch, reference = single(find_case("gelu"))
-    found = layer_quadratic_forms(model, batch, reference)
-    assert "differ" in found.notes[0]
-    assert_agree(found.values.T, expected(find_case("gelu")).hessian, 1e-4)
-
-
-@each_wrong_rule
-def test_a_wrong_rule_is_noticed_though_the_first_example_has_no_target(replaced_gelu: None) -> None:
-    case = find_case("token_labels")
-    found = forms(case, rows=[2, 0, 1])
-    assert_agree(found.values.T, expected(case).hessian[:, [2, 0, 1]], 1e-8)
-
-
-def test_a_right_rule_passes_for_a_wrong_one_nowhere() -> None:
-    notes = {case.name: forms(case).notes for case in CASES}
-    assert [name for name, said in notes.items() if any("differ" in note for note in said)] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import oracle
 import pytest
@@ -85,8 +86,8 @@ def test_fewer_steps_converge_and_the_gap_shrinks() -> None:
         found, gap = positive_part(product(h), v, steps)
         errors.append((found - dense(h, v)).abs().mean().item())
         gaps.append(gap.mean().item())
-    assert all(later < 0.7 * earlier for earlier, later in zip(errors, errors[1:], strict=False)), errors
-    assert all(later < 0.7 * earlier for earlier, later in zip(gaps, gaps[1:], strict=False)), gaps
+    assert all(later < 0.7 * earlier for earlier, later in pairwise(errors)), errors
+    assert all(later < 0.7 * earlier for earlier, later in pairwise(gaps)), gaps
     assert errors[0] > 100 * errors[-1]
 
 

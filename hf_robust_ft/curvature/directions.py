@@ -96,9 +96,10 @@ def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Modu
             misshapen.append(f"{layer.name} ({tuple(base.shape)} there, {tuple(weight.shape)} in the model)")
         else:
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            if not (weight.isfinite().all() and base.isfinite().all()):
+            way = weight.to(dtype) - base.detach().to(weight.device, dtype)
+            if not way.norm().isfinite():
                 infinite.append(layer.name)
-            ways[layer.name] = weight.to(dtype) - base.detach().to(weight.device, dtype)
+            ways[layer.name] = way
     problems = [
         *([f"has no weights for {', '.join(missing)}"] if missing else []),
         *([f"has another shape for {', '.join(misshapen)}"] if misshapen else []),

@@ -24,11 +24,10 @@ Kind = Literal["hessian", "gauss_newton", "hessian_upper", "hessian_psd"]
 
 # Elements of the largest tensor times the directions that travel through it together. On a CPU more falls out of the
 # cache, and less makes matrices small and Python's share large.
-CPU_ELEMENTS = 2_000_000
+CPU_ELEMENTS = 3_000_000
 GPU_SHARE = 0.05
-# Directions for which examples make room, and the fewest that travel together.
-DIRECTIONS = 16
-FEWEST_DIRECTIONS = 10
+# That many directions travel together at least; what room is left goes to examples first.
+DIRECTIONS = 8
 # Each example of a chunk is told apart by a power of two.
 MOST_EXAMPLES = 60
 # Products keep a graph for two backward passes, many times the activations: fewer examples.
@@ -105,7 +104,6 @@ class Engine:
         self._sweeps = True
         self._cut = False
         self._checked = False
-        self._exact = False
 
     def sweep(self, inputs: Inputs, labels: Tensor, directions: Sequence[Direction], first: int = 0) -> Forms:
         """``vᵀ H v`` and Gauss-Newton of every example along every direction.
@@ -160,6 +158,7 @@ class Engine:
         outs, adjoints = [op.outs[0] for op in curved], [op.adjoint for op in curved if op.adjoint is not None]
         if not all(separable(outs, adjoints, losses)):
             self._note("examples don't lie one after the other in memory: they are measured one at a time")
+            del tape, losses, curved, outs, adjoints
             return self._one_by_one(inputs, labels, lambda i, y, n: self._swept(i, y, directions, together, n), first)
         gauss_newton = torch.zeros(len(directions), batch, dtype=torch.float64, device=labels.device)
         hessian, slopes = gauss_newton.clone(), gauss_newton.clone()
@@ -176,14 +175,21 @@ class Engine:
         except (RuntimeError, TypeError, ValueError, IndexError) as problem:
             # Untraceable, or a case that a rule was not written for.
             return self._given_up(str(problem), inputs, labels, directions, first)
-        longest = first_to_join(tape, directions)
-        self._exact = all(out.dtype == torch.float64 for op in tape.ops for out in op.outs if isinstance(out, Tensor))
         for name in sorted(unruled(tape)):
             self._note(f"{name} has no rule: autograd differentiates it along each direction")
-        if not self._checked and not self._agrees(inputs, labels, directions, longest, hessian[:, 0], slopes[:, 0]):
-            why = "the sweep and autograd differ on the first example"
-            return self._given_up(why, inputs, labels, directions, first)
-        return Forms(losses.detach().double().cpu(), hessian.t().cpu(), gauss_newton.t().cpu())
+        forms = Forms(losses.detach().double().cpu(), hessian.t().cpu(), gauss_newton.t().cpu())
+        if not self._checked:
+            self._checked = True
+            longest = first_to_join(tape, directions)
+            exact = all(out.dtype == torch.float64 for op in tape.ops for out in op.outs if isinstance(out, Tensor))
+            tape.ops.clear()
+            tape.readers.clear()
+            del losses, curved, outs, adjoints  # The check needs their memory.
+            one = some_examples(inputs, batch, 0, 1), labels[:1]
+            if not self._agrees(*one, directions, longest, hessian[:, 0], slopes[:, 0], exact):
+                why = "the sweep and autograd differ on the first example"
+                return self._given_up(why, inputs, labels, directions, first)
+        return forms
 
     def _given_up(
         self, problem: str, inputs: Inputs, labels: Tensor, directions: Sequence[Direction], first: int
@@ -205,16 +211,15 @@ class Engine:
         longest: int,
         hessian: Tensor,
         slopes: Tensor,
+        exact: bool,
     ) -> bool:
         """Compare the first example with autograd: all first derivatives, and the second along one direction.
 
         Catches what no rule can know: an operation that autograd treats in a way of its own, or a wrong rule.
         """
-        self._checked = True
-        logits = self.weights.logits(some_examples(inputs, len(labels), 0, 1))
-        loss = self._loss(logits, labels[:1])[0]
+        loss = self._loss(self.weights.logits(inputs), labels)[0]
         # Some models take a softmax or a norm in float32 even where all else is float64.
-        tolerance = 1e-8 if self._exact else 1e-3
+        tolerance = 1e-8 if exact else 1e-3
         leaves = self.weights.leaves
 
         def along(direction: Direction, vectors: Mapping[int, Tensor | None]) -> tuple[float, float]:
@@ -335,7 +340,7 @@ class Engine:
         if (examples is None or together is None) and self._sweeps:
             width, budget = self._width(inputs, labels), _budget(labels.device, CPU_ELEMENTS)
             examples = examples or max(1, min(batch, MOST_EXAMPLES, budget // (width * min(directions, DIRECTIONS))))
-            together = together or max(FEWEST_DIRECTIONS, budget // (width * examples))
+            together = together or max(DIRECTIONS, budget // (width * examples))
         examples = examples or batch
         for at in range(0, batch, examples):
             end = min(batch, at + examples)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -107,13 +107,13 @@ def layer_quadratic_forms(
         else:
             forms = engine.products(inputs, labels, directions, steps=lanczos_steps if kind == "hessian_psd" else None)
     return QuadraticForms(
-        value_of(forms, kind, lengths_of(directions)), tuple(g.name for g in groups), kind, forms.losses, forms.gap,
+        value_of(forms, kind, directions), tuple(g.name for g in groups), kind, forms.losses, forms.gap,
         tuple(left_out), tuple(engine.notes),
     )  # fmt: skip
 
 
-def value_of(forms: Forms, kind: Kind, lengths: Tensor) -> Tensor:
-    """[examples, layers], of one kind; lengths are ``‖v‖``."""
+def value_of(forms: Forms, kind: Kind, directions: Sequence[Mapping[int, Tensor]]) -> Tensor:
+    """[examples, layers], of one kind."""
     if kind == "hessian":
         return forms.hessian
     if kind == "gauss_newton":
@@ -121,7 +121,7 @@ def value_of(forms: Forms, kind: Kind, lengths: Tensor) -> Tensor:
         return forms.gauss_newton
     if kind == "hessian_upper":
         assert forms.length is not None
-        return (forms.hessian + lengths * forms.length) / 2
+        return (forms.hessian + lengths_of(directions) * forms.length) / 2
     assert forms.positive is not None
     return forms.positive
 

@@ -65,18 +65,17 @@ def separable(outs: Sequence[Tensor], adjoints: Sequence[Tensor], losses: Tensor
         return [True] * len(outs)
     powers = 2.0 ** (torch.arange(examples, dtype=losses.dtype, device=losses.device) - examples // 2)
     marked = torch.autograd.grad((losses * powers).sum(), outs, retain_graph=True, allow_unused=True)
-    return [
-        found is not None
-        and found.dim() > 0
-        and len(found) % examples == 0
-        and torch.allclose(
-            found.reshape(examples, -1),
-            adjoint.reshape(examples, -1) * powers.unsqueeze(1).to(found),
-            rtol=1e-3,
-            atol=0,
-        )
-        for found, adjoint in zip(marked, adjoints, strict=True)
-    ]
+
+    def apart(found: Tensor, adjoint: Tensor) -> bool:
+        if found.dim() == 0 or len(found) % examples:
+            return False
+        expected = adjoint.reshape(examples, -1) * powers.unsqueeze(1).to(found)
+        # What is nearly too small for its type is rounded.
+        rounding = 1000 * torch.finfo(found.dtype).tiny
+        return torch.allclose(found.reshape(examples, -1), expected, rtol=1e-3, atol=rounding)
+
+    pairs = zip(marked, adjoints, strict=True)
+    return [found is not None and apart(found, adjoint) for found, adjoint in pairs]
 
 
 def sweep(tape: Tape, directions: Sequence[Direction], examples: int, head: Head, *, at_once: int) -> Tensor:

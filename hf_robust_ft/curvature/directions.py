@@ -40,7 +40,7 @@ def group_layers(model: nn.Module, layers: Layers) -> tuple[list[Group], list[No
     if layers == "blocks":
         for layer in found:
             members.setdefault(layer.block, []).append(layer)
-    elif isinstance(layers, Mapping):
+    elif isinstance(layers, Mapping) and layers:
         members = _match(found, layers)
         taken = {layer.name for group in members.values() for layer in group}
         left_out = left_out + [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -30,9 +31,10 @@ GPU_SHARE = 0.05
 DIRECTIONS = 8
 # Each example of a chunk is told apart by a power of two.
 MOST_EXAMPLES = 60
-# Products keep a graph for two backward passes, many times the activations: fewer examples.
+# More examples on a CPU cost memory and gain no speed.
+CPU_EXAMPLES = 8
+# Products keep a graph for two backward passes, many times the activations.
 PRODUCT_ELEMENTS = 800_000
-PRODUCT_EXAMPLES = 8
 
 
 class NonFiniteLoss(ValueError):
@@ -117,7 +119,7 @@ class Engine:
         parts = []
         for at, some_inputs, some_labels, together in self._chunks(inputs, labels, len(directions)):
             parts.append(self._swept(some_inputs, some_labels, directions, together, first + at))
-        return Forms.joined(parts)
+        return _finite_forms(Forms.joined(parts), first)
 
     def products(
         self,
@@ -132,15 +134,13 @@ class Engine:
         self._check_cut(inputs, labels)
         size = self._examples_at_once
         if size is None:
-            size = max(
-                1, min(PRODUCT_EXAMPLES, _budget(labels.device, PRODUCT_ELEMENTS) // self._width(inputs, labels))
-            )
+            size = max(1, min(CPU_EXAMPLES, _budget(labels.device, PRODUCT_ELEMENTS) // self._width(inputs, labels)))
         parts = []
         for at in range(0, len(labels), size):
             some = some_examples(inputs, len(labels), at, at + size)
             with _twice():
                 parts.append(self._multiplied(some, labels[at : at + size], directions, steps, first + at))
-        return Forms.joined(parts)
+        return _finite_forms(Forms.joined(parts), first)
 
     def _swept(
         self, inputs: Inputs, labels: Tensor, directions: Sequence[Direction], together: int, first: int
@@ -178,16 +178,18 @@ class Engine:
         for name in sorted(unruled(tape)):
             self._note(f"{name} has no rule: autograd differentiates it along each direction")
         forms = Forms(losses.detach().double().cpu(), hessian.t().cpu(), gauss_newton.t().cpu())
-        if not self._checked:
+        # An example without any target would show nothing.
+        n = int(slopes.abs().sum(0).argmax())
+        if not self._checked and slopes[:, n].any():
             self._checked = True
             longest = first_to_join(tape, directions)
             exact = all(out.dtype == torch.float64 for op in tape.ops for out in op.outs if isinstance(out, Tensor))
             tape.ops.clear()
             tape.readers.clear()
             del losses, curved, outs, adjoints  # The check needs their memory.
-            one = some_examples(inputs, batch, 0, 1), labels[:1]
-            if not self._agrees(*one, directions, longest, hessian[:, 0], slopes[:, 0], exact):
-                why = "the sweep and autograd differ on the first example"
+            one = some_examples(inputs, batch, n, n + 1), labels[n : n + 1]
+            if not self._agrees(*one, directions, longest, hessian[:, n], slopes[:, n], exact):
+                why = f"the sweep and autograd differ on example {first + n}"
                 return self._given_up(why, inputs, labels, directions, first)
         return forms
 
@@ -213,7 +215,7 @@ class Engine:
         slopes: Tensor,
         exact: bool,
     ) -> bool:
-        """Compare the first example with autograd: all first derivatives, and the second along one direction.
+        """Compare one example with autograd: all first derivatives, and the second along one direction.
 
         Catches what no rule can know: an operation that autograd treats in a way of its own, or a wrong rule.
         """
@@ -339,7 +341,8 @@ class Engine:
         examples, together = self._examples_at_once, self._directions_at_once
         if (examples is None or together is None) and self._sweeps:
             width, budget = self._width(inputs, labels), _budget(labels.device, CPU_ELEMENTS)
-            examples = examples or max(1, min(batch, MOST_EXAMPLES, budget // (width * min(directions, DIRECTIONS))))
+            most = CPU_EXAMPLES if labels.device.type == "cpu" else MOST_EXAMPLES
+            examples = examples or max(1, min(batch, most, budget // (width * min(directions, DIRECTIONS))))
             together = together or max(DIRECTIONS, budget // (width * examples))
         examples = examples or batch
         for at in range(0, batch, examples):
@@ -355,6 +358,8 @@ class Engine:
             whole = self.weights.logits(inputs)
             alone = self.weights.logits(some_examples(inputs, len(labels), 0, 1))
         tolerance = 1e-3 * whole.abs().max().item()
+        if not math.isfinite(tolerance):
+            return  # The loss will name the example.
         if len(whole) == len(labels) and not torch.allclose(whole[:1], alone, rtol=0, atol=tolerance):
             raise ValueError(
                 f"batch: the first of {len(labels)} examples has other logits alone than in the batch. Either an input "
@@ -382,6 +387,18 @@ class Engine:
         if text not in self.notes:
             self.notes.append(text)
             logger.warning("curvature: %s", text)
+
+
+def _finite_forms(forms: Forms, first: int) -> Forms:
+    for name, table in forms.tables().items():
+        bad = (~table.isfinite()).nonzero()
+        if len(bad):
+            n, d = bad[0].tolist()
+            raise ValueError(
+                f"the curvature ({name}) of example {first + n} is {table[n, d].item()} in layer {d}: its loss has "
+                "no second derivative there (such as the square root of 0). Leave the example out"
+            )
+    return forms
 
 
 def _column(product: Products) -> dict[str, Tensor]:

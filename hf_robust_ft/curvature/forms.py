@@ -64,7 +64,7 @@ def layer_quadratic_forms(
     ================  ==================================================  ==================================
 
     ``vᵀ H v`` comes from a tangent sweep over the operations of one forward pass: see ``curvature/sweep.py`` for the
-    equation. It is compared with autograd on the first example of every call. Memory is that of one chunk.
+    equation. It is compared with autograd on one example of every call. Memory is that of one chunk.
 
     Args:
         model: any transformers model, or a module that takes the batch's inputs. Measured in eval mode and at least
@@ -95,7 +95,7 @@ def layer_quadratic_forms(
     ways = travelled(groups, reference)
     inputs, labels = split_batch(batch, model)
     if not len(labels):
-        raise ValueError("batch has no examples: there is nothing to measure")
+        raise ValueError("batch is empty; give at least one example")
     with measuring(model):
         engine = Engine(
             model, groups, ExampleLoss(loss, model),

@@ -81,15 +81,11 @@ class Weights:
 
     def __init__(self, model: nn.Module, groups: Sequence[Group]) -> None:
         self._model = model
-        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        self.dtype = torch.float64 if any(t.dtype == torch.float64 for _, t in tensors) else torch.float32
+        tensors = [*model.parameters(), *model.buffers()]
+        self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         self._half = (torch.float16, torch.bfloat16)
-        copies: dict[int, Tensor] = {}  # tied tensors stay tied
-        self._state: dict[str, Tensor] = {}
-        for name, tensor in tensors:
-            if id(tensor) not in copies:
-                copies[id(tensor)] = self.raised(tensor.detach())
-            self._state[name] = copies[id(tensor)]
+        # By identity, so that tied tensors stay tied.
+        self._stand_ins = {tensor: self.raised(tensor.detach()) for tensor in tensors}
         self.leaves: list[Tensor] = []
         """With a gradient; the groups' members in order."""
         self.members: list[list[int]] = []
@@ -98,9 +94,7 @@ class Weights:
         for group in groups:
             self.members.append([])
             for layer in group.members:
-                leaf = self.raised(layer.parameter.detach()).requires_grad_()
-                for name in (layer.name, *layer.tied):
-                    self._state[name] = leaf
+                leaf = self._stand_ins[layer.parameter].requires_grad_()
                 self.members[-1].append(len(self.leaves))
                 self.leaves.append(leaf)
                 self.names.append(layer.name)
@@ -122,10 +116,28 @@ class Weights:
         """The model's logits, as a function of the leaves."""
         args = () if isinstance(inputs, Mapping) else tuple(self.raised(value) for value in inputs)
         named = {key: self.raised(value) for key, value in inputs.items()} if isinstance(inputs, Mapping) else {}
-        # A copy, as functional_call writes to the dictionary where weights are tied.
-        state = dict(self._state)
-        with _PaddingIsARow():
-            return find_logits(torch.func.functional_call(self._model, state, args, {**self._extra, **named}))
+        with self._swapped(), _PaddingIsARow():
+            return find_logits(self._model(*args, **{**self._extra, **named}))
+
+    @contextlib.contextmanager
+    def _swapped(self) -> Iterator[None]:
+        """The stand-ins in place of the model's own tensors.
+
+        Not ``functional_call``, which doesn't put a module back that stands in two places.
+        """
+        members: list[dict[str, Any]] = [
+            member for module in self._model.modules() for member in (module._parameters, module._buffers)
+        ]
+        saved = [dict(member) for member in members]
+        try:
+            for member in members:
+                for name, tensor in member.items():
+                    if tensor is not None:
+                        member[name] = self._stand_ins[tensor]
+            yield
+        finally:
+            for member, own in zip(members, saved, strict=True):
+                member.update(own)
 
 
 def split_batch(batch: Any, model: nn.Module) -> tuple[Inputs, Tensor]:

@@ -108,12 +108,16 @@ def _patches(op: Op, out: Tensor, direction: Tensor) -> Use | None:
     if transposed or groups != 1:
         return None
     kernel = tuple(direction.shape[2:])
-    x = F.unfold(op.value(0), kernel, tuple(dilation), tuple(padding), tuple(stride)).transpose(1, 2)
+    # One number may stand for both dimensions.
+    dilation, padding, stride = (tuple(given) * (2 // len(given)) for given in (dilation, padding, stride))
+    x = F.unfold(op.value(0), kernel, dilation, padding, stride).transpose(1, 2)
     examples, channels, *spatial = out.shape
+    # Contiguous: given strides like those of channels_last, torch 2.13 differentiates some convolutions twice wrongly,
+    # without a word, for a batch of one.
     return Use(
         out, x, direction.flatten(1).t().unsqueeze(0),
         lambda a: a.reshape(examples, channels, -1).transpose(1, 2),
-        lambda r: r.transpose(1, 2).reshape(examples, channels, *spatial),
+        lambda r: r.transpose(1, 2).contiguous().view(examples, channels, *spatial),
     )  # fmt: skip
 
 

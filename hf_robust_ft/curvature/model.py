@@ -28,7 +28,10 @@ def measuring(model: nn.Module) -> Iterator[None]:
     differentiate twice; no autocast; no TF32; gradients enabled.
     """
     training = {module: module.training for module in model.modules()}
-    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            _collect(module.config, configs)
     attention = {key: config._attn_implementation_internal for key, config in configs.items()}
     device = next(model.parameters()).device.type
     tf32 = torch.backends.cuda.matmul.allow_tf32
@@ -52,6 +55,14 @@ def measuring(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for key, config in configs.items():
             config._attn_implementation_internal = attention[key]
+
+
+def _collect(config: Any, configs: dict[int, Any]) -> None:
+    """A configuration and those inside it, some of which belong to no module."""
+    configs[id(config)] = config
+    for name in config.sub_configs:
+        if (inner := getattr(config, name, None)) is not None and id(inner) not in configs:
+            _collect(inner, configs)
 
 
 def _decompose_attention(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ import torch
 from measured import each_kind, expected, forms, single
 from oracle import CASES, LABELS, VECTORS, Apply, Case, assert_agree, find_case
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hf_robust_ft.curvature import elementwise_rules, layer_quadratic_forms, rules
 from hf_robust_ft.curvature.engine import Kind
@@ -121,6 +122,26 @@ def test_a_wrong_rule_is_noticed_though_the_first_example_has_no_target(replaced
     case = find_case("token_labels")
     found = forms(case, rows=[2, 0, 1])
     assert_agree(found.values.T, expected(case).hessian[:, [2, 0, 1]], 1e-8)
+
+
+class Branches(nn.Module):
+    """One branch that never meets gelu, and joins first, and one that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, input: Tensor) -> Tensor:
+        left = torch.tanh(torch.tanh(torch.tanh(self.left(input))))
+        return self.head(left + F.gelu(self.right(input)))
+
+
+@each_wrong_rule
+def test_a_wrong_rule_of_a_branch_is_noticed(replaced_gelu: None) -> None:
+    case = Case("branches", Branches, VECTORS, LABELS)
+    found = forms(case)
+    assert re.search(DISAGREE, found.notes[0])
+    assert_agree(found.values.T, expected(case).hessian, 1e-8)
 
 
 def test_a_right_rule_passes_for_a_wrong_one_nowhere() -> None:

@@ -5,9 +5,10 @@ Hessian of a data set has :func:`hessian_trace`, :func:`top_eigenpairs`, :func:`
 :func:`noise_stability`.
 """
 
-from .engine import NonFiniteLoss, NotTwiceDifferentiable
 from .forms import QuadraticForms, layer_quadratic_forms
+from .loss import NonFiniteLoss
 from .measure import MeasurementStopped, measure_hessian
+from .products import NotTwiceDifferentiable
 from .report import HessianReport, LayerCurvature, PositivePart, Statistic
 from .spectrum import Eigenpairs, NotConverged, SpectralDensity, spectral_density, top_eigenpairs
 from .stability import NoiseStability, noise_stability

@@ -64,7 +64,7 @@ def _gradients(slope: Tensor, xs: list[Tensor]) -> Sequence[Tensor | None]:
 SLOPED = {
     aten.sign, aten.floor, aten.ceil, aten.round, aten.trunc, aten.softshrink, aten.hardshrink,
     aten.relu, aten.leaky_relu, aten.hardtanh, aten.abs, aten.clamp, aten.clamp_min, aten.clamp_max,
-    aten.threshold, aten.hardsigmoid, aten.relu6,
+    aten.threshold, aten.hardsigmoid,
 }  # fmt: skip
 POINTWISE = {
     aten.gelu, aten.celu, aten.silu, aten.sigmoid, aten.tanh, aten.softplus, aten.elu, aten.mish, aten.hardswish,

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .directions import Group
-from .loss import ExampleLoss
+from .loss import ExampleLoss, finite
 from .model import Inputs, Weights, some_examples
-from .products import Products, Use, find_use, in_activation_space, in_weight_space
-from .sweep import Direction, first_to_join, prepare, separable, sweep, unruled, widest
+from .products import Products, Use, differentiating_twice, find_use, in_activation_space, in_weight_space
+from .sweep import Direction, passing_all, prepare, separable, sweep, unruled, widest
 from .tape import Tape, Untraceable, record
 
 logger = logging.getLogger(__name__)
@@ -25,7 +24,7 @@ Kind = Literal["hessian", "gauss_newton", "hessian_upper", "hessian_psd"]
 
 # Elements of the largest tensor times the directions that travel through it together. On a CPU more falls out of the
 # cache, and less makes matrices small and Python's share large.
-CPU_ELEMENTS = 3_000_000
+CPU_ELEMENTS = 3_200_000
 GPU_SHARE = 0.05
 # That many directions travel together at least; what room is left goes to examples first.
 DIRECTIONS = 8
@@ -35,14 +34,6 @@ MOST_EXAMPLES = 60
 CPU_EXAMPLES = 8
 # Products keep a graph for two backward passes, many times the activations.
 PRODUCT_ELEMENTS = 800_000
-
-
-class NonFiniteLoss(ValueError):
-    """The loss of an example is infinite or NaN."""
-
-
-class NotTwiceDifferentiable(RuntimeError):
-    """Autograd has no second derivative for an operation of the model."""
 
 
 @dataclass
@@ -104,6 +95,7 @@ class Engine:
         self._examples_at_once = examples_at_once
         self._directions_at_once = directions_at_once
         self._sweeps = True
+        self._widths: dict[tuple[Any, ...], int] = {}
         self._cut = False
         self._checked = False
 
@@ -115,7 +107,6 @@ class Engine:
             directions: each a mapping from the index of a leaf (:attr:`Weights.leaves`) to V.
             first: number of the first example, for messages.
         """
-        self._check_cut(inputs, labels)
         parts = []
         for at, some_inputs, some_labels, together in self._chunks(inputs, labels, len(directions)):
             parts.append(self._swept(some_inputs, some_labels, directions, together, first + at))
@@ -131,14 +122,12 @@ class Engine:
         first: int = 0,
     ) -> Forms:
         """``vᵀ H v`` (as in :meth:`sweep`), ``‖H v‖``, ``‖P v‖`` and, with Lanczos steps, ``vᵀ H⁺ v``."""
-        self._check_cut(inputs, labels)
-        size = self._examples_at_once
-        if size is None:
-            size = max(1, min(CPU_EXAMPLES, _budget(labels.device, PRODUCT_ELEMENTS) // self._width(inputs, labels)))
+        room = max(1, min(CPU_EXAMPLES, _budget(labels.device, PRODUCT_ELEMENTS) // self._width(inputs, labels)))
+        size = _even(len(labels), self._examples_at_once or room)
         parts = []
         for at in range(0, len(labels), size):
             some = some_examples(inputs, len(labels), at, at + size)
-            with _twice():
+            with differentiating_twice():
                 parts.append(self._multiplied(some, labels[at : at + size], directions, steps, first + at))
         return _finite_forms(Forms.joined(parts), first)
 
@@ -182,13 +171,14 @@ class Engine:
         n = int(slopes.abs().sum(0).argmax())
         if not self._checked and slopes[:, n].any():
             self._checked = True
-            longest = first_to_join(tape, directions)
+            moving = slopes[:, n].nonzero()[:, 0].tolist()
+            chosen = passing_all(tape, directions, moving) or moving[:1]
             exact = all(out.dtype == torch.float64 for op in tape.ops for out in op.outs if isinstance(out, Tensor))
             tape.ops.clear()
             tape.readers.clear()
             del losses, curved, outs, adjoints  # The check needs their memory.
             one = some_examples(inputs, batch, n, n + 1), labels[n : n + 1]
-            if not self._agrees(*one, directions, longest, hessian[:, n], slopes[:, n], exact):
+            if not self._agrees(*one, directions, chosen, hessian[:, n], slopes[:, n], exact):
                 why = f"the sweep and autograd differ on example {first + n}"
                 return self._given_up(why, inputs, labels, directions, first)
         return forms
@@ -210,12 +200,12 @@ class Engine:
         inputs: Inputs,
         labels: Tensor,
         directions: Sequence[Direction],
-        longest: int,
+        chosen: Sequence[int],
         hessian: Tensor,
         slopes: Tensor,
         exact: bool,
     ) -> bool:
-        """Compare one example with autograd: all first derivatives, and the second along one direction.
+        """Compare one example with autograd: all first derivatives, and the second ones along some directions.
 
         Catches what no rule can know: an operation that autograd treats in a way of its own, or a wrong rule.
         """
@@ -234,23 +224,26 @@ class Engine:
             expected, scale = along(direction, first)
             if not abs(slope - expected) <= tolerance * scale:
                 return False
-        moving = directions[longest]
-        used = [i for i in moving if first[i] is not None]
+        used = sorted({i for d in chosen for i in directions[d] if first[i] is not None})
         del first  # as large as the model
-        if not used:
-            return True
-        gradients = torch.autograd.grad(loss, [leaves[i] for i in used], create_graph=True)
-        bending = [(g, moving[i]) for i, g in zip(used, gradients, strict=True) if g.requires_grad]
-        if not bending:
-            return True
-        try:
-            bent = torch.autograd.grad(
-                [g for g, _ in bending], [leaves[i] for i in used], [v for _, v in bending], allow_unused=True
-            )
-        except (RuntimeError, NotImplementedError):
-            return True  # An operation that only the sweep knows how to differentiate twice.
-        expected, scale = along(moving, dict(zip(used, bent, strict=True)))
-        return abs(hessian[longest].item() - expected) <= tolerance * scale
+        graphs = torch.autograd.grad(loss, [leaves[i] for i in used], create_graph=True)
+        gradients = dict(zip(used, graphs, strict=True))
+        for d in chosen:
+            moving = [i for i in directions[d] if i in gradients]
+            bending = [(gradients[i], directions[d][i]) for i in moving if gradients[i].requires_grad]
+            if not bending:
+                continue
+            try:
+                bent = torch.autograd.grad(
+                    [g for g, _ in bending], [leaves[i] for i in moving], [v for _, v in bending],
+                    allow_unused=True, retain_graph=True,
+                )  # fmt: skip
+            except (RuntimeError, NotImplementedError):
+                continue  # An operation that only the sweep knows how to differentiate twice.
+            expected, scale = along(directions[d], dict(zip(moving, bent, strict=True)))
+            if not abs(hessian[d].item() - expected) <= tolerance * scale:
+                return False
+        return True
 
     def _multiplied(
         self, inputs: Inputs, labels: Tensor, directions: Sequence[Direction], steps: int | None, first: int
@@ -294,10 +287,10 @@ class Engine:
         if len(labels) > 1:
             return self._one_by_one(inputs, labels, lambda i, y, n: self._differentiated(i, y, directions, n), first)
         logits = self.weights.logits(inputs)
-        losses = self._finite(self._loss(logits, labels), first)
+        losses = finite(self._loss(logits, labels), first)
         if not losses.requires_grad:
             return self._flat(losses, len(directions))
-        with _twice():
+        with differentiating_twice():
             return self._reversed(logits, losses, labels, directions)
 
     def _reversed(self, logits: Tensor, losses: Tensor, labels: Tensor, directions: Sequence[Direction]) -> Forms:
@@ -321,59 +314,55 @@ class Engine:
 
     def _record(self, inputs: Inputs, labels: Tensor, first: int) -> tuple[Tape, Tensor]:
         tape = record(lambda: self.weights.logits(inputs), self.weights.leaves)
-        return tape, self._finite(self._loss(tape.logits, labels), first)
+        return tape, finite(self._loss(tape.logits, labels), first)
 
     def _losses(self, inputs: Inputs, labels: Tensor, first: int) -> Tensor:
-        return self._finite(self._loss(self.weights.logits(inputs), labels), first)
-
-    def _finite(self, losses: Tensor, first: int) -> Tensor:
-        bad = (~losses.detach().isfinite()).nonzero()
-        if len(bad):
-            n = int(bad[0])
-            raise NonFiniteLoss(
-                f"the loss of example {first + n} is {losses[n].item()}: look at its inputs and label, and at the "
-                "model's weights (half-precision training may have made them infinite)"
-            )
-        return losses
+        return finite(self._loss(self.weights.logits(inputs), labels), first)
 
     def _chunks(self, inputs: Inputs, labels: Tensor, directions: int) -> Iterator[tuple[int, Inputs, Tensor, int]]:
-        batch = len(labels)
-        examples, together = self._examples_at_once, self._directions_at_once
-        if (examples is None or together is None) and self._sweeps:
-            width, budget = self._width(inputs, labels), _budget(labels.device, CPU_ELEMENTS)
-            most = CPU_EXAMPLES if labels.device.type == "cpu" else MOST_EXAMPLES
-            examples = examples or max(1, min(batch, most, budget // (width * min(directions, DIRECTIONS))))
-            together = together or max(DIRECTIONS, budget // (width * examples))
-        examples = examples or batch
-        for at in range(0, batch, examples):
-            end = min(batch, at + examples)
-            yield at, some_examples(inputs, batch, at, end), labels[at:end], together or directions
+        batch, width, budget = len(labels), self._width(inputs, labels), _budget(labels.device, CPU_ELEMENTS)
+        most = CPU_EXAMPLES if labels.device.type == "cpu" else MOST_EXAMPLES
+        room = max(1, min(most, budget // (width * min(directions, DIRECTIONS))))
+        size = _even(batch, self._examples_at_once or room)
+        together = self._directions_at_once or max(DIRECTIONS, budget // (width * size))
+        for at in range(0, batch, size):
+            end = min(batch, at + size)
+            yield at, some_examples(inputs, batch, at, end), labels[at:end], together
 
-    def _check_cut(self, inputs: Inputs, labels: Tensor) -> None:
+    def _width(self, inputs: Inputs, labels: Tensor) -> int:
+        """Elements of the largest activation of one example.
+
+        Raises:
+            ValueError: the first example of the first batch is another one alone than in its batch.
+        """
+        batch, one = len(labels), some_examples(inputs, len(labels), 0, 1)
+        values = one.values() if isinstance(one, Mapping) else one
+        shapes = tuple(value.shape if isinstance(value, Tensor) else None for value in values)
+        if shapes in self._widths and (self._cut or batch == 1):
+            return self._widths[shapes]
+        try:
+            tape = record(lambda: self.weights.logits(one), self.weights.leaves)
+            alone, self._widths[shapes] = tape.logits, widest(tape, len(self.weights.leaves))
+        except Untraceable:
+            alone, self._widths[shapes] = self.weights.logits(one), 1
+        if not self._cut and batch > 1:
+            self._cut = True
+            self._check_cut(inputs, batch, alone.detach())
+        return self._widths[shapes]
+
+    @torch.no_grad()
+    def _check_cut(self, inputs: Inputs, examples: int, alone: Tensor) -> None:
         """Refuse a model whose first example is another one alone than in its batch."""
-        if self._cut or len(labels) == 1:
-            return
-        self._cut = True
-        with torch.no_grad():
-            whole = self.weights.logits(inputs)
-            alone = self.weights.logits(some_examples(inputs, len(labels), 0, 1))
+        whole = self.weights.logits(inputs)
         tolerance = 1e-3 * whole.abs().max().item()
         if not math.isfinite(tolerance):
             return  # The loss will name the example.
-        if len(whole) == len(labels) and not torch.allclose(whole[:1], alone, rtol=0, atol=tolerance):
+        if len(whole) == examples and not torch.allclose(whole[:1], alone, rtol=0, atol=tolerance):
             raise ValueError(
-                f"batch: the first of {len(labels)} examples has other logits alone than in the batch. Either an input "
+                f"batch: the first of {examples} examples has other logits alone than in the batch. Either an input "
                 "that all examples share has as many rows as there are examples (give a batch of another size), or the "
                 "examples of a batch influence each other, and then there is no loss of one example"
             )
-
-    def _width(self, inputs: Inputs, labels: Tensor) -> int:
-        """Elements of the largest activation of one example."""
-        one = some_examples(inputs, len(labels), 0, 1)
-        try:
-            return widest(record(lambda: self.weights.logits(one), self.weights.leaves), len(self.weights.leaves))
-        except Untraceable:
-            return 1
 
     def _one_by_one(
         self, inputs: Inputs, labels: Tensor, measure: Callable[[Inputs, Tensor, int], Forms], first: int
@@ -408,17 +397,9 @@ def _column(product: Products) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in found.items()}
 
 
-@contextlib.contextmanager
-def _twice() -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, NotImplementedError) as error:
-        if "is not implemented" not in str(error):
-            raise
-        raise NotTwiceDifferentiable(
-            f"autograd can't differentiate this model twice: {error}. Only kind='hessian' and 'gauss_newton' do "
-            "without, where the sweep has a rule for every operation"
-        ) from error
+def _even(examples: int, at_most: int) -> int:
+    """The size of chunks that are as equal as can be."""
+    return -(-examples // -(-examples // at_most))
 
 
 def _budget(device: torch.device, on_cpu: int) -> int:

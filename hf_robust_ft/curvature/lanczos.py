@@ -27,19 +27,40 @@ def positive_part(product: Callable[[Tensor], Tensor], start: Tensor, steps: int
     """
     shape, batch = start.shape, len(start)
     v = start.reshape(batch, -1)
-    steps = min(steps, v.shape[1])
-    if not steps:  # an example that the layer never sees
+    if not v.shape[1]:  # an example that the layer never sees
         nothing = torch.zeros(batch, dtype=torch.float64, device=v.device)
         return nothing, nothing
-    norm = v.norm(dim=1, keepdim=True)
-    q = _divided(v, norm)
-    basis = q.new_zeros(batch, steps, v.shape[1])
-    diagonal = torch.zeros(batch, steps, dtype=torch.float64, device=v.device)
-    beside = torch.zeros(batch, steps, dtype=torch.float64, device=v.device)
-    scale = torch.zeros_like(norm)
+    square = v.double().square().sum(1)
+    diagonal, beside = tridiagonal(lambda q: product(q.view(shape)).reshape(batch, -1), v, steps)
+    half = (min(steps, v.shape[1]) + 1) // 2
+
+    def positive(first: int) -> Tensor:
+        values, weights = quadrature(diagonal[:, :first], beside[:, :first])
+        return square * (weights * values.clamp(min=0)).sum(1)
+
+    whole = positive(steps)
+    return whole, (whole - positive(half)).abs()
+
+
+def tridiagonal(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """The matrices of Lanczos: their diagonals and what stands beside, [B, steps taken] each, in float64.
+
+    Args:
+        product: H applied to [B, P], each example's own H.
+        start: [B, P]; Lanczos vectors are kept in its precision.
+        steps: at most so many products; fewer where all Krylov spaces are exhausted. One that is exhausted before
+            the others goes on with zeros.
+    """
+    batch, size = start.shape
+    steps = min(steps, size)
+    q = _divided(start, start.norm(dim=1, keepdim=True))
+    basis = q.new_zeros(batch, steps, size)
+    diagonal = torch.zeros(batch, steps, dtype=torch.float64, device=q.device)
+    beside = torch.zeros(batch, steps, dtype=torch.float64, device=q.device)
+    scale = q.new_zeros(batch, 1)
     for k in range(steps):
         basis[:, k] = q
-        w = product(q.view(shape)).reshape(batch, -1)
+        w = product(q).to(q)
         scale = torch.maximum(scale, w.norm(dim=1, keepdim=True))
         diagonal[:, k] = (q * w).sum(1, dtype=torch.float64)
         found = basis[:, : k + 1]
@@ -48,19 +69,18 @@ def positive_part(product: Callable[[Tensor], Tensor], start: Tensor, steps: int
         length = w.norm(dim=1, keepdim=True)
         # What is left of an exhausted Krylov space is rounding.
         length = length.where(length > 10 * torch.finfo(w.dtype).eps * scale, 0)
-        q = _divided(w, length)
         beside[:, k] = length[:, 0].double()
-    square = norm[:, 0].double().square()
-    whole = square * _quadrature(diagonal, beside)
-    half = (steps + 1) // 2
-    return whole, (whole - square * _quadrature(diagonal[:, :half], beside[:, :half])).abs()
+        if not length.any():
+            break
+        q = _divided(w, length)
+    return diagonal[:, : k + 1], beside[:, : k + 1]
 
 
-def _quadrature(diagonal: Tensor, beside: Tensor) -> Tensor:
+def quadrature(diagonal: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
+    """Ritz values, and weights that sum to 1, [B, steps] each: Gauss quadrature for the spectral measure."""
     off = torch.diag_embed(beside[:, :-1], 1)
     values, vectors = torch.linalg.eigh(torch.diag_embed(diagonal) + off + off.transpose(1, 2))
-    total: Tensor = (vectors[:, 0].square() * values.clamp(min=0)).sum(1)
-    return total
+    return values, vectors[:, 0].square()
 
 
 def _divided(vectors: Tensor, lengths: Tensor) -> Tensor:

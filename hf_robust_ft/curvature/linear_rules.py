@@ -152,12 +152,12 @@ def jointly_linear(op: Op, tangents: Tangents, local: Local) -> list[Tangent | N
 
 
 LINEAR: dict[Any, Rule] = {
-    **dict.fromkeys([aten.view, aten._unsafe_view, aten.reshape], _view),
-    **dict.fromkeys([aten.squeeze, aten.unsqueeze, aten.flatten], _view),
+    **dict.fromkeys([aten.view, aten._unsafe_view], _view),
+    **dict.fromkeys([aten.squeeze, aten.unsqueeze], _view),
     **dict.fromkeys([aten.t, aten.transpose], _transpose),
     aten.permute: _permute,
     aten.expand: _expand,
-    **dict.fromkeys([aten.clone, aten.contiguous, aten.alias, aten.lift_fresh], _same),
+    **dict.fromkeys([aten.clone, aten.alias, aten.lift_fresh], _same),
     **dict.fromkeys([aten.add, aten.sub], _add),
     **dict.fromkeys([aten.cat, aten.stack], _concatenate),
     aten.embedding: _embedding,
@@ -175,9 +175,9 @@ JOINTLY_LINEAR: dict[Any, tuple[int, ...]] = {aten.index_add: (0, 3), aten.scatt
 """Linear in the leaves with these indices together, all else constant."""
 
 for _packet in [
-    aten.slice, aten.select, aten.split, aten.split_with_sizes, aten.unbind, aten.chunk, aten.narrow, aten.sum,
+    aten.slice, aten.select, aten.split, aten.split_with_sizes, aten.unbind, aten.sum,
     aten.mean, aten.cumsum, aten.neg, aten.flip, aten.roll, aten.rot90, aten.repeat, aten.index,
-    aten.index_select, aten.gather, aten.take_along_dim, aten.tril, aten.triu, aten.diagonal, aten.diag_embed,
+    aten.index_select, aten.gather, aten.tril, aten.triu, aten.diagonal, aten.diag_embed,
     aten.unfold, aten.im2col, aten.col2im, aten.reflection_pad1d, aten.reflection_pad2d, aten.replication_pad1d,
     aten.replication_pad2d, aten.avg_pool2d, aten.avg_pool3d, aten._adaptive_avg_pool2d,
     aten._adaptive_avg_pool3d, aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_linear1d,

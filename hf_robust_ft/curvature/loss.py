@@ -15,6 +15,10 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 """``(logits [B, …, K], labels [B, …]) → [B]``, one loss for each example."""
 
 
+class NonFiniteLoss(ValueError):
+    """The loss of an example is infinite or NaN."""
+
+
 class ExampleLoss:
     """One loss for each example of a batch: the mean over its targets, where it has several.
 
@@ -104,3 +108,19 @@ class ExampleLoss:
 
 def _mean(sums: Tensor, counts: Tensor) -> Tensor:
     return sums / counts.clamp(min=1)
+
+
+def finite(losses: Tensor, first: int) -> Tensor:
+    """The losses of a batch [B], of which the first example has the number ``first``.
+
+    Raises:
+        NonFiniteLoss: one that is infinite or NaN.
+    """
+    bad = (~losses.detach().isfinite()).nonzero()
+    if len(bad):
+        n = int(bad[0])
+        raise NonFiniteLoss(
+            f"the loss of example {first + n} is {losses[n].item()}: look at its inputs and label, and at the "
+            "model's weights (half-precision training, or noise of a large sigma, may have made them infinite)"
+        )
+    return losses

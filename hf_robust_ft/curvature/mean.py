@@ -11,12 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .directions import Group
-from .engine import NonFiniteLoss, NotTwiceDifferentiable
-from .loss import ExampleLoss
+from .loss import ExampleLoss, finite
 from .model import Inputs, Weights, split_batch
-
-Bend = Callable[[Sequence[Tensor]], list[Tensor]]
-"""V → ``∇²f V``, one tensor for each weight."""
+from .products import Bend, bend_of
 
 # Seconds until a progress bar shows: a tiny model needs none.
 BAR_DELAY = 5.0
@@ -64,15 +61,7 @@ class MeanLoss:
         Raises:
             NonFiniteLoss: a loss that is infinite or NaN; ``first`` is the number of the first example.
         """
-        losses = self._loss(self.weights.logits(inputs), labels)
-        bad = (~losses.detach().isfinite()).nonzero()
-        if len(bad):
-            n = int(bad[0])
-            raise NonFiniteLoss(
-                f"the loss of example {first + n} is {losses[n].item()}: look at its inputs and label, and at the "
-                "model's weights (half-precision training, or noise of a large sigma, may have made them infinite)"
-            )
-        return losses
+        return finite(self._loss(self.weights.logits(inputs), labels), first)
 
     def each_batch(self, measure: Callable[[Inputs, Tensor, int], Tensor]) -> float:
         """One pass; returns the mean loss.
@@ -142,42 +131,6 @@ class MeanLoss:
         leaves = self.weights.leaves
         sizes = [leaf.numel() for leaf in leaves]
         return [p.view_as(w) for p, w in zip(torch.split(vector, sizes), leaves, strict=True)]
-
-
-def bend_of(value: Tensor, weights: Sequence[Tensor]) -> Bend:
-    """V → ``∇²f V`` by reverse over reverse; 0 for weights without influence.
-
-    Args:
-        value: a scalar f, with autograd's graph.
-        weights: that f depends on.
-
-    The function raises:
-        NotTwiceDifferentiable: an operation of which autograd knows no second derivative.
-    """
-    gradients: Sequence[Tensor | None] = [None] * len(weights)
-    if value.requires_grad:
-        gradients = torch.autograd.grad(value, weights, create_graph=True, allow_unused=True)
-    # A gradient that depends on no weight (a loss that is linear in them) has no graph.
-    curved = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
-
-    def bend(direction: Sequence[Tensor]) -> list[Tensor]:
-        found: Sequence[Tensor | None] = [None] * len(weights)
-        if curved:
-            try:
-                found = torch.autograd.grad(
-                    [gradient for _, gradient in curved], weights, [direction[i] for i, _ in curved],
-                    retain_graph=True, allow_unused=True,
-                )  # fmt: skip
-            except (RuntimeError, NotImplementedError) as error:
-                if "is not implemented" not in str(error):
-                    raise
-                raise NotTwiceDifferentiable(
-                    f"autograd can't differentiate this model twice: {error}. Traces alone do without, where the sweep "
-                    "has a rule for every operation: hessian_trace with joint=False"
-                ) from error
-        return [torch.zeros_like(w) if f is None else f for f, w in zip(found, weights, strict=True)]
-
-    return bend
 
 
 def numbered_batches(dataloader: Iterable[Any], model: nn.Module, task: str) -> Iterator[tuple[int, Inputs, Tensor]]:

@@ -6,8 +6,9 @@ import heapq
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import length_hint
 from typing import Any
 
@@ -29,8 +30,9 @@ logger = logging.getLogger(__name__)
 
 # Examples kept for Lanczos, those with the largest sound bounds of each layer. Their inputs stay in memory.
 CANDIDATES = 8
-# Forward passes for the sound bounds of one layer, on a CPU (recipes/RESULTS.md).
+# Forward passes for the sound bounds of one layer, and for one step of Lanczos, on a CPU (recipes/RESULTS.md).
 FORWARD_PASSES = 1.8
+FORWARD_PASSES_A_STEP = 2.0
 
 
 class MeasurementStopped(RuntimeError):
@@ -66,8 +68,9 @@ def measure_hessian(
        the largest of the others is below the largest value found (the layer is *settled*), the time is over, or
        8 examples a layer have been looked at.
 
-    Cost: about 1.8 forward passes a layer and batch for the first pass on a CPU, logged before it starts. Memory: a
-    chunk of examples, and the inputs of those that may go to the second pass.
+    Cost on a CPU: about 1.8 forward passes a layer and batch for the first pass, and 2 of one example for each step of
+    Lanczos; both are logged before they start. Memory: a chunk of examples, and the inputs of those that may go to the
+    second pass; there, for a group of weights or a tied one, ``lanczos_steps`` times as much as these weights.
 
     Args:
         model: any transformers model, or a module that takes the batch's inputs. Measured in eval mode and at least
@@ -158,19 +161,19 @@ class _Run:
         batches = length_hint(dataloader) or None
         for _, inputs, labels in numbered_batches(dataloader, model, "sound bounds"):
             if not self.examples:
-                self._predict(inputs, batches)
+                self._predict(inputs, labels, batches)
             self._add(inputs, labels)
 
-    def _predict(self, inputs: Inputs, batches: int | None) -> None:
-        with torch.no_grad():
-            self._engine.weights.logits(inputs)  # the first run of a model is slower
-            start = time.perf_counter()
-            _synchronized(self._engine.weights.logits(inputs))
-        forward = time.perf_counter() - start
-        self._estimate = FORWARD_PASSES * forward * len(self._groups) * (batches or 1)
+    def _predict(self, inputs: Inputs, labels: Tensor, batches: int | None) -> None:
+        one = some_examples(inputs, len(labels), 0, 1)
+        forward, forward_one = (_seconds(partial(self._engine.weights.logits, some)) for some in (inputs, one))
+        layers = len(self._groups)
+        self._estimate = FORWARD_PASSES * forward * layers * (batches or 1)
+        value = FORWARD_PASSES_A_STEP * forward_one * self._steps
         logger.info(
-            "sound bounds of %d layers: about %.0f s for %s (%.3g s a forward pass)",
-            len(self._groups), self._estimate, f"{batches} batches" if batches else "a batch", forward,
+            "sound bounds of %d layers: about %.0f s for %s; then Lanczos within time_budget: about %.2g s a value, "
+            "%.0f s for one value a layer, at most %d times that",
+            layers, self._estimate, f"{batches} batches" if batches else "a batch", value, layers * value, CANDIDATES,
         )  # fmt: skip
 
     def _add(self, inputs: Inputs, labels: Tensor) -> None:
@@ -308,6 +311,15 @@ def _copied(inputs: Inputs) -> Any:
     if isinstance(inputs, Mapping):
         return {key: copied(value) for key, value in inputs.items()}
     return tuple(copied(value) for value in inputs)
+
+
+@torch.no_grad()
+def _seconds(forward: Callable[[], Tensor]) -> float:
+    """Of the second run: a model's first one is slower."""
+    _synchronized(forward())
+    start = time.perf_counter()
+    _synchronized(forward())
+    return time.perf_counter() - start
 
 
 def _synchronized(tensor: Tensor) -> None:

@@ -8,7 +8,8 @@ unknown operation reads) takes products in weight space, one example at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,9 @@ from torch.nn import functional as F
 
 from .lanczos import positive_part
 from .tape import Op, Tape, aten
+
+Bend = Callable[[Sequence[Tensor]], list[Tensor]]
+"""V → ``∇²f V``, one tensor for each weight."""
 
 _REARRANGED = {aten.t, aten.transpose, aten.view, aten._unsafe_view, aten.permute, aten.clone, aten.alias}
 
@@ -172,24 +176,67 @@ def in_weight_space(
         direction: V, one each weight.
         loss: a scalar, with autograd's graph.
     """
-    gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
-    used = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
-    curved = [gradients[i] for i in used]
-    sizes = [weights[i].numel() for i in range(len(weights))]
+    bend, sizes = bend_of(loss, weights), [weight.numel() for weight in weights]
 
-    def bend(vector: Tensor) -> Tensor:  # [1, P]
+    def product(vector: Tensor) -> Tensor:  # [1, P]
         parts = torch.split(vector[0], sizes)
-        if not used:
-            return torch.zeros_like(vector)
-        found = torch.autograd.grad(
-            curved, weights, [parts[i].view_as(weights[i]) for i in used], retain_graph=True, allow_unused=True
-        )
-        flat = [torch.zeros_like(w) if f is None else f for f, w in zip(found, weights, strict=True)]
-        return torch.cat([f.reshape(-1) for f in flat]).unsqueeze(0)
+        bent = bend([part.view_as(weight) for part, weight in zip(parts, weights, strict=True)])
+        return torch.cat([part.reshape(-1) for part in bent]).unsqueeze(0)
 
     v = torch.cat([d.reshape(-1) for d in direction]).unsqueeze(0)
-    bent = bend(v)
+    bent = product(v)
     form, length, reach = (v * bent).sum(1, dtype=torch.float64), bent.double().norm(dim=1), v.double().norm(dim=1)
     if steps is None:
         return Products(form, length, reach, None, None)
-    return Products(form, length, reach, *positive_part(bend, v, steps))
+    return Products(form, length, reach, *positive_part(product, v, steps))
+
+
+def bend_of(value: Tensor, weights: Sequence[Tensor]) -> Bend:
+    """V → ``∇²f V`` by reverse over reverse; 0 for weights without influence.
+
+    Args:
+        value: a scalar f, with autograd's graph.
+        weights: that f depends on.
+
+    The function raises:
+        NotTwiceDifferentiable: an operation of which autograd knows no second derivative.
+    """
+    gradients: Sequence[Tensor | None] = [None] * len(weights)
+    if value.requires_grad:
+        gradients = torch.autograd.grad(value, weights, create_graph=True, allow_unused=True)
+    # A gradient that depends on no weight (a loss that is linear in them) has no graph.
+    curved = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
+
+    def bend(direction: Sequence[Tensor]) -> list[Tensor]:
+        found: Sequence[Tensor | None] = [None] * len(weights)
+        if curved:
+            with differentiating_twice():
+                found = torch.autograd.grad(
+                    [gradient for _, gradient in curved], weights, [direction[i] for i, _ in curved],
+                    retain_graph=True, allow_unused=True,
+                )  # fmt: skip
+        return [torch.zeros_like(w) if f is None else f for f, w in zip(found, weights, strict=True)]
+
+    return bend
+
+
+class NotTwiceDifferentiable(RuntimeError):
+    """Autograd has no second derivative for an operation of the model."""
+
+
+@contextlib.contextmanager
+def differentiating_twice() -> Iterator[None]:
+    """Name what autograd lacks, and what does without.
+
+    Raises:
+        NotTwiceDifferentiable: instead of autograd's own error.
+    """
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if "is not implemented" not in str(error):
+            raise
+        raise NotTwiceDifferentiable(
+            f"autograd can't differentiate this model twice: {error}. Where the sweep has a rule for every operation, "
+            "kind='hessian' or 'gauss_newton' of layer_quadratic_forms, and hessian_trace with joint=False, do without"
+        ) from error

@@ -8,7 +8,9 @@ A rule never differentiates anything along the directions: its cost is that of t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from itertools import combinations
+from operator import or_
 
 from .elementwise_rules import POINTWISE, SLOPED, pointwise, sloped
 from .linear_rules import JOINTLY_LINEAR, LINEAR, jointly_linear
@@ -37,18 +39,18 @@ def rule_of(op: Op) -> Rule | None:
     return LINEAR.get(packet) or PRODUCTS.get(packet) or NORMS.get(packet)
 
 
-def needs_adjoint(op: Op, reach: Mapping[int, int]) -> bool:
-    """Whether an operation has curvature along some direction.
+def curved_along(op: Op, reach: Mapping[int, int]) -> int:
+    """The directions along which an operation has curvature of its own, as a bit set.
 
     Args:
         reach: for each slot the directions along which it moves, as a bit set.
     """
     rule = rule_of(op)
     if rule in (jointly_linear, sloped) or (rule is not None and rule is LINEAR.get(op.packet)):
-        return False
+        return 0
     if op.packet is aten.div and rule is not None:
-        return op.slots[1] is not None
+        return 0 if op.slots[1] is None else reach[op.slots[1]]
+    parts = [reach[slot] for slot in op.slots if slot is not None]
     if op.packet in PRODUCTS:
-        parts = [reach[slot] for slot in op.slots if slot is not None]
-        return any(a & b for a, b in combinations(parts, 2))
-    return True
+        parts = [a & b for a, b in combinations(parts, 2)]
+    return reduce(or_, parts, 0)

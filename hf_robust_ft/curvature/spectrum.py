@@ -18,6 +18,7 @@ from ..corrected_loss import CorrectedLoss
 from ..layers import NotALayer
 from .directions import Layers, group_layers, unwrapped
 from .interval import mean_and_error
+from .lanczos import quadrature, tridiagonal
 from .loss import ExampleLoss, LossFunction
 from .mean import BAR_DELAY, MeanLoss
 from .model import measuring
@@ -278,37 +279,10 @@ def _largest(product: Product, start: Tensor, count: int, tolerance: float) -> t
 
 
 def ritz_values(product: Product, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Lanczos from a vector: nodes and weights of Gauss quadrature for its spectral measure.
-
-    Every new vector is made orthogonal to all others, twice (Golub & Meurant 2010, ch. 4 and 6).
-
-    Args:
-        product: v → H v.
-        start: [P]; Lanczos vectors are kept in its precision.
-        steps: at most so many products; fewer where the Krylov space is exhausted.
-
-    Returns:
-        Ritz values and weights, [steps taken] each, float64 on the CPU. The weights sum to 1.
-    """
-    steps = min(steps, len(start))
-    basis = start.new_empty(steps, len(start))
-    tridiagonal = torch.zeros(steps, steps, dtype=torch.float64)
-    q, scale = start / start.norm(), 0.0
-    for k in range(steps):
-        basis[k] = q
-        w = product(q).to(q.dtype)
-        scale = max(scale, w.norm().item())
-        tridiagonal[k, k] = (q * w).sum(dtype=torch.float64).item()
-        for _ in range(2):
-            w = w - (basis[: k + 1] @ w) @ basis[: k + 1]
-        length = w.norm().item()
-        # What is left of an exhausted Krylov space is rounding.
-        if k + 1 == steps or length <= 10 * torch.finfo(w.dtype).eps * scale:
-            break
-        tridiagonal[k, k + 1] = tridiagonal[k + 1, k] = length
-        q = w / length
-    values, vectors = torch.linalg.eigh(tridiagonal[: k + 1, : k + 1])
-    return values, vectors[0].square()
+    """Lanczos from one vector [P]: Ritz values and weights, [steps taken] each, on the CPU."""
+    diagonal, beside = tridiagonal(lambda v: product(v[0]).unsqueeze(0), start.unsqueeze(0), steps)
+    values, weights = quadrature(diagonal.cpu(), beside.cpu())
+    return values[0], weights[0]
 
 
 def _broadened(values: Tensor, weights: Tensor, points: int, width: float | None) -> tuple[Tensor, Tensor, Tensor]:

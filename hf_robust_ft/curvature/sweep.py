@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .by_autograd import without_rule
 from .local import Local, Rule, remembered
-from .rules import needs_adjoint, rule_of
+from .rules import curved_along, rule_of
 from .tangent import Tangent
 from .tape import Op, Tape, Untraceable
 
@@ -37,7 +37,7 @@ def prepare(tape: Tape, directions: Sequence[Direction], losses: Tensor) -> list
         losses: [examples], with autograd's graph.
     """
     reach = _reach(tape, directions)
-    curved = [op for op in tape.ops if needs_adjoint(op, reach)]
+    curved = [op for op in tape.ops if curved_along(op, reach)]
     if any(op.out_slots[0] in tape.overwritten for op in curved):
         raise Untraceable("the result of a non-linear operation is changed in place")
     outs = [op.outs[0] for op in curved]
@@ -159,10 +159,19 @@ def _reach(tape: Tape, directions: Sequence[Direction]) -> dict[int, int]:
     return reach
 
 
-def first_to_join(tape: Tape, directions: Sequence[Direction]) -> int:
-    """The direction that passes the most operations, of those that move at all."""
-    order = _order(tape, directions)
-    return next((d for d in order if any(v.any() for v in directions[d].values())), order[0])
+def passing_all(tape: Tape, directions: Sequence[Direction], moving: Sequence[int]) -> list[int]:
+    """A few of the ``moving`` directions that together pass all curvature which any of them passes.
+
+    The one that passes most comes first; where several serve as well, the one of the smallest weight.
+    """
+    reach = _reach(tape, [direction if d in moving else {} for d, direction in enumerate(directions)])
+    left = [along for op in tape.ops if (along := curved_along(op, reach))]
+    sizes = {d: sum(v.numel() for v in directions[d].values()) for d in moving}
+    chosen: list[int] = []
+    while left:
+        chosen.append(max(moving, key=lambda d: (sum(along >> d & 1 for along in left), -sizes[d])))
+        left = [along for along in left if not along >> chosen[-1] & 1]
+    return chosen
 
 
 def widest(tape: Tape, weights: int) -> int:

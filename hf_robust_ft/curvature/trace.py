@@ -15,9 +15,10 @@ from .directions import Group, Layers, group_layers, unwrapped
 from .engine import Engine
 from .interval import mean_and_error, student_interval
 from .loss import ExampleLoss, LossFunction
-from .mean import Bend, MeanLoss, numbered_batches
+from .mean import MeanLoss, numbered_batches
 from .model import measuring
 from .probes import Probes
+from .products import Bend
 
 # Entries of the probes that are swept together: 64 MB in float32.
 SWEPT_ELEMENTS = 2**24

@@ -18,7 +18,13 @@ from .curvature import (
     top_eigenpairs,
 )
 from .layers import Layer, NotALayer, find_layers
-from .losses import backward_corrected, cross_entropy, forward_corrected
+from .losses import (
+    backward_corrected,
+    cross_entropy,
+    forward_corrected,
+    generalized_cross_entropy,
+    nonnegative_backward,
+)
 from .noise import (
     InverseTransition,
     corrupt_dataset,
@@ -52,6 +58,7 @@ __all__ = [
     "cross_entropy",
     "find_layers",
     "forward_corrected",
+    "generalized_cross_entropy",
     "hessian_trace",
     "invert_transition",
     "layer_distances",
@@ -59,6 +66,7 @@ __all__ = [
     "load_transition",
     "measure_hessian",
     "noise_stability",
+    "nonnegative_backward",
     "pair_flip_transition",
     "spectral_density",
     "symmetric_transition",

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 from transformers import TrainingArguments
 
-LOSS_CORRECTIONS = ("none", "forward", "backward")
+LOSS_CORRECTIONS = ("none", "forward", "backward", "nonnegative_backward", "gce")
 RADIUS_NORMS = ("frobenius", "inf_op")
 RADIUS_MODES = ("absolute", "relative")
 
@@ -38,7 +38,9 @@ class RobustTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "How T corrects the cross entropy: 'forward' (stable), 'backward' (unbiased for the clean loss, "
-            "but unbounded below) or 'none'. Default: 'forward' if noise_transition is given, else 'none'.",
+            "but unbounded below), 'nonnegative_backward' (the risk of each class in a batch cut off at 0), or 'none'. "
+            "'gce' is generalized cross entropy, which needs no T. Default: 'forward' with noise_transition, else "
+            "'none'.",
             "choices": LOSS_CORRECTIONS,
         },
     )

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .losses import backward_corrected, cross_entropy, forward_corrected, reduce_loss
+from .losses import (
+    backward_corrected,
+    cross_entropy,
+    forward_corrected,
+    generalized_cross_entropy,
+    nonnegative_backward,
+    reduce_loss,
+)
 from .noise import (
     IGNORE_INDEX,
     InverseTransition,
@@ -21,16 +28,18 @@ from .noise import (
     read_transition,
 )
 
-Correction = Literal["forward", "backward"]
+Correction = Literal["forward", "backward", "nonnegative_backward", "gce"]
+CORRECTIONS = get_args(Correction)
 
 
 class CorrectedLoss:
-    """Cross entropy corrected by T, on whatever a model returns.
+    """Cross entropy corrected by T, or generalized cross entropy, on whatever a model returns.
 
     Args:
-        correction: ``"forward"`` or ``"backward"``.
+        correction: ``"forward"``, ``"backward"``, ``"nonnegative_backward"`` or ``"gce"``; see
+            :mod:`hf_robust_ft.losses`. The non-negative risks are those of one micro-batch of one process.
         noise_transition: a symmetric rate, a path or a matrix; see
-            :func:`~hf_robust_ft.noise.load_transition`.
+            :func:`~hf_robust_ft.noise.load_transition`. ``"gce"`` needs none.
         num_classes: K of the model. None where the model does not say: then the first logits do.
         shift: whether position t predicts label t + 1 (causal language models).
 
@@ -41,25 +50,28 @@ class CorrectedLoss:
     def __init__(
         self,
         correction: Correction,
-        noise_transition: Any,
+        noise_transition: Any = None,
         *,
         num_classes: int | None = None,
         shift: bool = False,
     ) -> None:
-        if correction not in ("forward", "backward"):
-            raise ValueError(f"loss_correction is {correction!r}; choose 'forward', 'backward' or 'none'")
+        if correction not in CORRECTIONS:
+            raise ValueError(f"loss_correction is {correction!r}; choose one of {', '.join(map(repr, CORRECTIONS))}")
         self.correction = correction
         self.shift = shift
+        self.num_classes = num_classes
+        """K, as far as it is known."""
         self.matrices: tuple[Matrix, InverseTransition] | None = None
         """T and its inverse; None until the number of classes is known."""
         self._source = read_transition(noise_transition)
         self._tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         # A rate without a number of classes has to wait for the first logits; all else is checked now.
-        if num_classes is not None or not isinstance(self._source, float):
+        if correction != "gce" and (num_classes is not None or not isinstance(self._source, float)):
             self._build(num_classes)
 
     def _build(self, num_classes: int | None) -> tuple[Matrix, InverseTransition]:
         transition = load_transition(self._source, num_classes)
+        self.num_classes = len(transition)
         self.matrices = transition, invert_transition(transition)
         return self.matrices
 
@@ -71,7 +83,11 @@ class CorrectedLoss:
                 whose classes or shape do not fit.
         """
         logits, labels = self._logits_and_labels(outputs, labels)
-        return reduce_loss(self._losses(logits, labels), labels, num_items_in_batch)
+        if self.correction == "nonnegative_backward":
+            losses = nonnegative_backward(logits, labels, self._matrix(logits))
+        else:
+            losses = self._losses(logits, labels)
+        return reduce_loss(losses, labels, num_items_in_batch)
 
     def plain(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The uncorrected loss of the same outputs, for evaluation."""
@@ -79,7 +95,10 @@ class CorrectedLoss:
         return reduce_loss(cross_entropy(logits, labels), labels, num_items_in_batch)
 
     def per_example(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """For each example of a batch the sum of its corrected losses and its number of targets, [B] each."""
+        """For each example of a batch the sum of its corrected losses and its number of targets, [B] each.
+
+        One example has no non-negative risk: ``"nonnegative_backward"`` gives what ``"backward"`` gives.
+        """
         logits, labels = self._logits_and_labels(outputs, labels)
         losses = self._losses(logits, labels)
         kept = labels != IGNORE_INDEX
@@ -105,6 +124,8 @@ class CorrectedLoss:
         return information.reshape(len(labels), -1).sum(1), kept.reshape(len(labels), -1).sum(1)
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.correction == "gce":
+            return generalized_cross_entropy(logits, labels)
         corrected = forward_corrected if self.correction == "forward" else backward_corrected
         return corrected(logits, labels, self._matrix(logits))
 

@@ -36,10 +36,10 @@ def make_corrected_loss(
         correction = "none" if transition is None else "forward"
     if correction == "none":
         return None
-    if transition is None:
+    if transition is None and correction != "gce":
         raise ValueError(
             f"loss_correction='{correction}' needs noise_transition: give a rate, a path or a matrix, or set "
-            "loss_correction='none'"
+            "loss_correction='none'. 'gce' does without"
         )
     if user_loss is not None:
         raise ValueError(

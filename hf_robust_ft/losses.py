@@ -1,4 +1,4 @@
-"""Cross entropy corrected by the noise transition matrix, one value for each example.
+"""Cross entropy corrected by the noise transition matrix, and a robust loss that needs none.
 
 ``T[i, j] = P(noisy label = j | true label = i)``; rows are the true class and sum to 1.
 Source: Patrini et al., *Making Deep Neural Networks Robust to Label Noise*, CVPR 2017.
@@ -68,11 +68,51 @@ def backward_corrected(logits: Tensor, labels: Tensor, inverse: Tensor) -> Tenso
     return _only(kept, -(inverse.to(log_p)[targets] * log_p).sum(-1))
 
 
+def nonnegative_backward(logits: Tensor, labels: Tensor, inverse: Tensor) -> Tensor:
+    """Backward correction of a batch whose estimated risk of no class may be negative.
+
+    The backward-corrected loss estimates the clean risk class by class: ``Σ_n (T^-1)[ỹ_n, k] ℓ(z_n, k)`` has the
+    expectation of ``Σ_n [y_n = k] ℓ(z_n, k) ≥ 0``. Here each of these sums is cut off at 0, as Kiryo et al. (NeurIPS
+    2017, equation 6) do for positive-unlabelled data and Lu et al. (AISTATS 2020) for several classes: what would
+    drive the loss to minus infinity has no gradient. Biased upwards, the less the larger the batch.
+
+    Args:
+        logits, labels, inverse: see :func:`backward_corrected`.
+
+    Returns:
+        The sum over all targets, a scalar, at least float32; 0 for a batch without any.
+    """
+    log_p = _log_softmax(logits)
+    targets, kept = _targets(labels)
+    terms = inverse.to(log_p)[targets] * -log_p
+    risks = terms.where(kept.unsqueeze(-1), terms.new_zeros(())).reshape(-1, logits.shape[-1]).sum(0)
+    return risks.clamp(min=0).sum()
+
+
+def generalized_cross_entropy(logits: Tensor, labels: Tensor, q: float = 0.7) -> Tensor:
+    """``(1 - p_ỹ^q) / q``: between cross entropy (q → 0) and mean absolute error (q = 1); needs no T.
+
+    Zhang & Sabuncu, *Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels*, NeurIPS
+    2018, equation 6. A label that the model finds unlikely has a small gradient, where cross entropy has a large one.
+
+    Args:
+        logits: z, [..., K].
+        labels: noisy labels ỹ, int64 [...]; -100 gives 0.
+        q: in (0, 1]; 0.7 is the authors' choice for all their experiments.
+
+    Returns:
+        [...], in [0, 1/q], at least float32.
+    """
+    log_p = _log_softmax(logits)
+    targets, kept = _targets(labels)
+    return _only(kept, -torch.expm1(q * log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)) / q)
+
+
 def reduce_loss(losses: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """Sum of the losses over the number of targets in the whole (accumulated, distributed) batch.
 
     Args:
-        losses: one for each target, 0 where the label is -100.
+        losses: one for each target, 0 where the label is -100; or their sum.
         labels: same shape.
         num_items_in_batch: targets over all micro-batches and processes, as the Trainer counts them;
             None means this batch is all there is.

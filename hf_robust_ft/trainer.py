@@ -91,8 +91,7 @@ class HessianRegularizedTrainer(Trainer):
         super()._hp_search_setup(trial)
         self._set_up_correction()
         self._set_up_constraints()
-        if self._corrected is not None and self._corrected.matrices is not None:
-            classes = len(self._corrected.matrices[0])
+        if self._corrected is not None and (classes := self._corrected.num_classes) is not None:
             check_dataset_labels(self.train_dataset, self.data_collator, self.label_names[0], classes)
 
     def _set_up_correction(self) -> None:

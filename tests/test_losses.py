@@ -16,7 +16,9 @@ from hf_robust_ft import (
     backward_corrected,
     cross_entropy,
     forward_corrected,
+    generalized_cross_entropy,
     invert_transition,
+    nonnegative_backward,
     pair_flip_transition,
     symmetric_transition,
 )
@@ -217,3 +219,76 @@ def test_backward_is_bounded_by_the_amplification() -> None:
         inverse, _, rho = invert_transition(matrix)
         signs = np.array(list(itertools.product([-1, 1], repeat=K)))
         assert np.abs(inverse @ signs.T).max() == pytest.approx(rho)
+
+
+@pytest.mark.parametrize("q", [0.2, 0.7, 1.0])
+def test_generalized_cross_entropy_is_the_definition(q: float) -> None:
+    logits, labels = some_batch()
+    p = torch.softmax(logits, -1)[range(len(labels)), labels]
+    torch.testing.assert_close(generalized_cross_entropy(logits, labels, q), (1 - p**q) / q, rtol=0, atol=1e-12)
+
+
+def test_generalized_cross_entropy_tends_to_cross_entropy_and_is_bounded() -> None:
+    logits, labels = some_batch()
+    torch.testing.assert_close(
+        generalized_cross_entropy(logits, labels, 1e-7), cross_entropy(logits, labels), rtol=1e-5, atol=0
+    )
+    far = generalized_cross_entropy(torch.tensor([[200.0, 0.0]]), torch.tensor([1]))
+    assert far.item() == pytest.approx(1 / 0.7)
+
+
+def test_generalized_cross_entropy_trusts_unlikely_labels_less() -> None:
+    # Its gradient is p^q times that of cross entropy (Zhang & Sabuncu 2018, equation 7).
+    logits, labels = some_batch()
+    logits.requires_grad_()
+    (found,) = torch.autograd.grad(generalized_cross_entropy(logits, labels).sum(), logits)
+    (plain,) = torch.autograd.grad(cross_entropy(logits, labels).sum(), logits)
+    p = torch.softmax(logits.detach(), -1)[range(len(labels)), labels]
+    torch.testing.assert_close(found, p.pow(0.7).unsqueeze(-1) * plain, rtol=0, atol=1e-12)
+
+
+def test_the_nonnegative_risk_is_the_definition() -> None:
+    (logits, labels), t = some_batch(), some_transition()
+    inverse = torch.linalg.inv(t).tolist()
+    risks = [
+        sum(
+            inverse[y][k] * -math.log(math.exp(z[k]) / sum(map(math.exp, z)))
+            for z, y in zip(logits.tolist(), labels.tolist(), strict=True)
+        )
+        for k in range(K)
+    ]
+    assert min(risks) < 0 < max(risks)
+    found = nonnegative_backward(logits, labels, torch.linalg.inv(t))
+    assert found.item() == pytest.approx(sum(max(0, risk) for risk in risks), abs=1e-12)
+
+
+def test_the_nonnegative_risk_is_that_of_backward_where_no_class_is_below_zero() -> None:
+    logits, t = torch.zeros(40, K, dtype=torch.float64), some_transition()
+    labels = torch.arange(40) % K
+    inverse = torch.linalg.inv(t)
+    assert inverse[labels].sum(0).min() > 0
+    whole = backward_corrected(logits, labels, inverse).sum()
+    torch.testing.assert_close(nonnegative_backward(logits, labels, inverse), whole, rtol=0, atol=1e-12)
+
+
+def test_the_nonnegative_risk_cannot_be_driven_down_for_ever() -> None:
+    labels, inverse = torch.arange(8) % K, torch.linalg.inv(torch.tensor(symmetric_transition(K, 0.5)))
+    sure = 100 * torch.nn.functional.one_hot(labels, K).double()
+    assert backward_corrected(sure, labels, inverse).sum() < -100
+    assert nonnegative_backward(sure, labels, inverse) >= 0
+    logits = sure.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(nonnegative_backward(logits, labels, inverse), logits)
+    assert gradient.abs().max() == 0  # every class is below zero: nothing to learn from
+
+
+def test_both_new_losses_leave_out_what_has_no_target() -> None:
+    (logits, labels), inverse = some_batch(), torch.linalg.inv(some_transition())
+    kept = torch.arange(len(labels)) % 2 == 0
+    some = labels.where(kept, -100)
+    logits = logits.where(kept.unsqueeze(-1), math.nan)
+    found = nonnegative_backward(logits, some, inverse)
+    torch.testing.assert_close(found, nonnegative_backward(logits[kept], labels[kept], inverse))
+    torch.testing.assert_close(
+        generalized_cross_entropy(logits, some),
+        torch.zeros(len(labels)).double().masked_scatter(kept, generalized_cross_entropy(logits[kept], labels[kept])),
+    )

@@ -21,8 +21,10 @@ from hf_robust_ft import (
     backward_corrected,
     cross_entropy,
     forward_corrected,
+    generalized_cross_entropy,
     invert_transition,
     layer_distances,
+    nonnegative_backward,
     pair_flip_transition,
     symmetric_transition,
 )
@@ -84,26 +86,29 @@ def test_the_identity_and_an_infinite_radius_train_as_plain_cross_entropy(tmp_pa
         torch.testing.assert_close(identity.model.state_dict()[name], weight, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("correction", ["forward", "backward"])
+@pytest.mark.parametrize("correction", ["forward", "backward", "nonnegative_backward", "gce"])
 def test_the_first_step_is_the_gradient_of_the_corrected_loss(tmp_path: Path, correction: str) -> None:
     trainer = tiny.trainer(
-        tmp_path, noise_transition=T, loss_correction=correction, optim="sgd", max_grad_norm=0, max_steps=1,
-        per_device_train_batch_size=24,
+        tmp_path, noise_transition=None if correction == "gce" else T, loss_correction=correction,
+        optim="sgd", max_grad_norm=0, max_steps=1, per_device_train_batch_size=24,
     )  # fmt: skip
     model = trainer.model
     before = tiny.weights(model)
     data = tiny.texts()
     logits = model(input_ids=torch.tensor(data["input_ids"][:])).logits
     labels, matrix = torch.tensor(data["label"][:]), torch.tensor(T)
-    if correction == "forward":
-        losses = forward_corrected(logits, labels, matrix)
-    else:
-        losses = backward_corrected(logits, labels, torch.linalg.inv(matrix.double()).float())
-    losses.mean().backward()
+    inverse = torch.linalg.inv(matrix.double()).float()
+    loss = {
+        "forward": lambda: forward_corrected(logits, labels, matrix).mean(),
+        "backward": lambda: backward_corrected(logits, labels, inverse).mean(),
+        "nonnegative_backward": lambda: nonnegative_backward(logits, labels, inverse) / len(labels),
+        "gce": lambda: generalized_cross_entropy(logits, labels).mean(),
+    }[correction]()
+    loss.backward()
     expected = {name: before[name] - 1e-2 * p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     trainer.train()
-    assert history(trainer) == pytest.approx([losses.mean().item()], abs=1e-4)
+    assert history(trainer) == pytest.approx([loss.item()], abs=1e-4)
     for name, weight in expected.items():
         torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=1e-6)
 
@@ -118,7 +123,7 @@ def test_a_transition_alone_means_forward_correction(tmp_path: Path) -> None:
     assert not torch.equal(runs[0]["classifier.weight"], runs[2]["classifier.weight"])
 
 
-@pytest.mark.parametrize("correction", ["forward", "backward"])
+@pytest.mark.parametrize("correction", ["forward", "backward", "gce"])
 @pytest.mark.parametrize("build", [tiny.bert, tiny.token_classifier, lambda: tiny.gpt2(causal=True)])
 def test_one_batch_of_eight_equals_eight_batches_of_one(tmp_path: Path, correction: str, build: Any) -> None:
     def run(batch: int, accumulation: int) -> Trainer:
@@ -456,7 +461,7 @@ def test_the_best_model_is_found_by_the_corrected_loss(tmp_path: Path) -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"loss_correction": "forward"}, "loss_correction='forward' needs noise_transition"),
-    ({"loss_correction": "backward"}, "loss_correction='backward' needs noise_transition"),
+    ({"loss_correction": "backward"}, "loss_correction='backward' needs noise_transition.*'gce' does without"),
     ({"noise_transition": symmetric_transition(3, 2 / 3)}, "noise_transition is singular"),
     ({"noise_transition": 2 / 3}, "noise_transition is singular"),
     ({"noise_transition": [[0.9, 0.2, 0], [0, 1, 0], [0, 0, 1]]}, "sums to 1.1"),

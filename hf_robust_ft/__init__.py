@@ -17,6 +17,7 @@ from .curvature import (
     spectral_density,
     top_eigenpairs,
 )
+from .frozen_features import frozen_features
 from .layers import Layer, NotALayer, find_layers
 from .losses import (
     backward_corrected,
@@ -58,6 +59,7 @@ __all__ = [
     "cross_entropy",
     "find_layers",
     "forward_corrected",
+    "frozen_features",
     "generalized_cross_entropy",
     "hessian_trace",
     "invert_transition",

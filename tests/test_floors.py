@@ -23,6 +23,7 @@ FLOORS = {
     "constraints": 2,
     "corrected_loss": 2,
     "curvature": 2,
+    "frozen_features": 2,
     "arguments": 3,
     "callbacks": 3,
     "checkpoint": 3,

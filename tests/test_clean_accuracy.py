@@ -122,6 +122,23 @@ def test_intervals_hold_the_truth_as_often_as_they_say(transition: np.ndarray, n
     assert rates.max() <= 0.99
 
 
+def test_a_percentile_bootstrap_would_be_too_short() -> None:
+    """The reason for score intervals: labels almost clean, 200 examples, few wrong predictions in a class."""
+    transition = TRANSITIONS["almost clean"]
+    rng = np.random.default_rng(0)
+    score, bootstrap = [], []
+    for _ in range(400):
+        predictions, labels = simulated(rng, transition, 200)
+        score.append(covered(clean_accuracy(predictions, labels, transition))[1:])
+        table = np.bincount(3 * labels + predictions, minlength=9)
+        draws = np.linalg.inv(transition).T @ rng.multinomial(200, table / 200, 1000).reshape(-1, 3, 3)
+        recalls = np.diagonal(draws, axis1=1, axis2=2) / draws.sum(2)
+        low, high = np.clip(np.quantile(recalls, [0.025, 0.975], axis=0), 0, 1)
+        bootstrap.append((low <= CONFUSION.diagonal()) & (CONFUSION.diagonal() <= high))
+    assert np.mean(score, axis=0).min() >= 0.92
+    assert np.mean(bootstrap, axis=0).min() < 0.8
+
+
 @pytest.mark.parametrize("n", [200, 500, 2000])
 @pytest.mark.parametrize("transition", TRANSITIONS.values(), ids=TRANSITIONS)
 def test_intervals_hold_the_truth_with_an_estimated_transition(transition: np.ndarray, n: int) -> None:

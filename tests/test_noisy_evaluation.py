@@ -255,6 +255,25 @@ def test_a_metric_of_the_user_s_own_of_this_name(tmp_path: Path) -> None:
         tiny.trainer(tmp_path, noise_transition=T, **given).evaluate()
 
 
+def test_a_longer_name_is_the_user_s_own(tmp_path: Path) -> None:
+    """Also for a model whose clean accuracy is not estimated."""
+    tokens = {"input_ids": tiny.texts()["input_ids"][:], "labels": [[0, 1, 2, 0, 1, 2, -100]] * 24}
+    trainer = tiny.trainer(
+        tmp_path, tiny.token_classifier(), noise_transition=T, train_dataset=Dataset.from_dict(tokens),
+        eval_dataset=Dataset.from_dict(tokens), compute_metrics=lambda _: {"my_clean_accuracy": 0.5},
+        metric_for_best_model="my_clean_accuracy", eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.evaluate()["eval_my_clean_accuracy"] == 0.5
+    assert "eval_clean_accuracy" not in trainer.evaluate()
+
+
+def test_data_that_comes_with_the_call(tmp_path: Path) -> None:
+    data = noisy()
+    trainer = tiny.trainer(tmp_path, noise_transition=T, metric_for_best_model="eval_mine_clean_accuracy")
+    assert parts(trainer.evaluate({"mine": data}), "eval_mine") == pytest.approx(expected(trainer, data))
+
+
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (None, {"eval_labels": "noisy"}, "eval_labels='noisy' needs noise_transition"),
     (None, SELECT, "metric_for_best_model='eval_clean_accuracy' needs noise_transition"),
@@ -294,6 +313,21 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
         {"eval_labels": "noisy", "noise_transition": np.eye(4), "loss_correction": "none"},
         "is for 4 classes, but the model has 3",
     ),
+    (
+        None,
+        {**SELECT, "noise_transition": T, "eval_dataset": {"a": tiny.texts(8), "b": tiny.texts(8)}},
+        "names no evaluation of eval_dataset; choose one of eval_a_clean_accuracy, ",
+    ),
+    (
+        None,
+        {"noise_transition": T, "eval_dataset": tiny.texts(8), "metric_for_best_model": "eval_a_clean_accuracy"},
+        "names no evaluation of eval_dataset; choose one of eval_clean_accuracy, ",
+    ),
+    (
+        None,
+        {**SELECT, "noise_transition": T, "use_liger_kernel": True},
+        "needs logits, which use_liger_kernel may leave out",
+    ),
 ]
 
 
@@ -317,11 +351,6 @@ def test_what_cannot_work_is_refused_at_once(
             tiny.texts(8).cast_column("label", Value("int64")).map(lambda row: {"label": row["label"] + 1}),
             "clean_accuracy",
             r"label 3 lies outside 0\.\.2",
-        ),
-        (
-            {"a": tiny.texts(8), "b": tiny.texts(8)},
-            "eval_clean_accuracy",
-            "names no evaluation of eval_dataset; choose one of eval_a_clean_accuracy, ",
         ),
     ],
 )

@@ -4,6 +4,7 @@
 """
 
 from .arguments import RobustTrainingArguments
+from .clean_accuracy import CLEAN_ACCURACY_METRIC, CleanAccuracy, clean_accuracy
 from .constraints import ConstraintRow, ConstraintTable, LayerConstraints
 from .corrected_loss import CorrectedLoss
 from .curvature import (
@@ -40,6 +41,8 @@ from .reference import ReferenceMismatch, layer_distances
 from .trainer import HessianRegularizedTrainer
 
 __all__ = [
+    "CLEAN_ACCURACY_METRIC",
+    "CleanAccuracy",
     "ConstraintRow",
     "ConstraintTable",
     "CorrectedLoss",
@@ -54,6 +57,7 @@ __all__ = [
     "ReferenceMismatch",
     "RobustTrainingArguments",
     "backward_corrected",
+    "clean_accuracy",
     "corrupt_dataset",
     "corrupt_labels",
     "cross_entropy",

@@ -1,4 +1,4 @@
-"""A look at the labels of a training set before training starts."""
+"""A look at the labels of a data set before training starts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import pyarrow.compute as pc
 from .noise import IGNORE_INDEX, check_labels
 
 
-def check_dataset_labels(dataset: Any, collator: Any, label_name: str, num_classes: int) -> None:
-    """Refuse a training set with labels that a corrected loss can't be trained on.
+def check_dataset_labels(
+    dataset: Any, collator: Any, label_name: str, num_classes: int, *, argument: str = "train_dataset"
+) -> None:
+    """Refuse a data set with labels that T says nothing of.
 
     Reads the label column of a ``datasets.Dataset`` without decoding anything else. Where a transform or a
     collator of the user's own may still change the labels, and for other kinds of data sets, nothing is
@@ -24,6 +26,7 @@ def check_dataset_labels(dataset: Any, collator: Any, label_name: str, num_class
         collator: likewise.
         label_name: what the collated batch calls the labels.
         num_classes: K.
+        argument: what the error calls the data set.
 
     Raises:
         ValueError: a label outside 0..K-1 other than -100, or labels that are no integers.
@@ -46,7 +49,7 @@ def check_dataset_labels(dataset: Any, collator: Any, label_name: str, num_class
         values = values.cast(pa.int8())
     if not pa.types.is_integer(values.type):
         raise ValueError(
-            f"column '{column}' of train_dataset holds {values.type}; a corrected loss is for class indices, not for "
+            f"column '{column}' of {argument} holds {values.type}; noise_transition is for class indices, not for "
             "regression, soft or multi-label targets"
         )
     labels = pc.unique(values).drop_null().to_numpy(zero_copy_only=False)

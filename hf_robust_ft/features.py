@@ -31,7 +31,7 @@ def make_corrected_loss(
         ValueError: a correction without T, with another loss or label smoothing beside it, for several labels
             or for a model that is no classifier; a T that :class:`CorrectedLoss` refuses.
     """
-    transition, correction = _setting(args, "noise_transition"), _setting(args, "loss_correction")
+    transition, correction = setting(args, "noise_transition"), setting(args, "loss_correction")
     if correction is None:
         correction = "none" if transition is None else "forward"
     if correction == "none":
@@ -51,16 +51,15 @@ def make_corrected_loss(
             f"label_smoothing_factor={args.label_smoothing_factor} has no meaning beside loss_correction: "
             "smoothing is itself a noise model. Set it to 0, or set loss_correction='none'"
         )
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    if problem in ("regression", "multi_label_classification"):
+    if other_problem(model) is not None:
         raise ValueError(
-            f"loss_correction is for one class a target, but the model's problem_type is '{problem}'; "
+            f"loss_correction is for one class a target, but the model's problem_type is '{other_problem(model)}'; "
             "set loss_correction='none'"
         )
     if len(label_names) > 1:
         raise ValueError(f"loss_correction needs one label, but label_names is {label_names}; name the one to correct")
     kind = loss_type(model)
-    loss = CorrectedLoss(correction, transition, num_classes=_num_classes(model, kind), shift=kind == "ForCausalLM")
+    loss = CorrectedLoss(correction, transition, num_classes=num_classes(model, kind), shift=kind == "ForCausalLM")
     if correction == "backward" and loss.matrices is not None:
         inverse = loss.matrices[1]
         if inverse.condition_number > WARN_CONDITION_NUMBER:
@@ -91,7 +90,7 @@ def make_constraints(
     Raises:
         ValueError: sharded weights, or what :class:`LayerConstraints` refuses.
     """
-    radius = _setting(args, "layer_radius")
+    radius = setting(args, "layer_radius")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         sharded_by = "a model sharded at load time"
     if radius is not None and sharded_by is not None:
@@ -102,9 +101,9 @@ def make_constraints(
     return LayerConstraints(
         model,
         radius,
-        norm=_setting(args, "radius_norm"),
-        mode=_setting(args, "radius_mode"),
-        growth=_setting(args, "radius_growth"),
+        norm=setting(args, "radius_norm"),
+        mode=setting(args, "radius_mode"),
+        growth=setting(args, "radius_growth"),
         reference=reference,
         capture_missing=capture_missing,
         fresh=fresh,
@@ -117,12 +116,18 @@ def requires_argument(model: nn.Module, argument: str) -> bool:
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
-def _setting(args: TrainingArguments, name: str) -> Any:
+def other_problem(model: nn.Module) -> str | None:
+    """The model's ``problem_type`` if its targets are no class indices."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    return problem if problem in ("regression", "multi_label_classification") else None
+
+
+def setting(args: TrainingArguments, name: str) -> Any:
     """A robust setting; plain ``TrainingArguments`` have the defaults, with every feature off."""
     return getattr(args, name, getattr(RobustTrainingArguments, name))
 
 
-def _num_classes(model: nn.Module, kind: str | None) -> int | None:
+def num_classes(model: nn.Module, kind: str | None) -> int | None:
     """K, for the transformers models whose config says it; the logits of others tell it at the first step."""
     config: Any = getattr(model, "config", None)
     if config is None or kind is None:

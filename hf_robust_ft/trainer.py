@@ -17,10 +17,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 
 from .callbacks import ProjectionCallback
 from .checkpoint import ConstraintRecord, last_complete_checkpoint
+from .clean_accuracy import CleanAccuracy, clean_accuracy
 from .constraints import ConstraintTable, LayerConstraints
 from .corrected_loss import CorrectedLoss
 from .data import check_dataset_labels
 from .features import make_constraints, make_corrected_loss, requires_argument
+from .noise import load_transition
+from .noisy_evaluation import (
+    clean_accuracy_metrics,
+    estimates_clean_accuracy,
+    labels_and_predictions,
+    make_noisy_evaluation,
+    noisy_datasets,
+)
 from .reference import load_reference, reference_digest, save_reference
 
 logger = logging.getLogger(__name__)
@@ -39,6 +48,13 @@ class HessianRegularizedTrainer(Trainer):
 
     ``evaluate`` reports the uncorrected loss as ``eval_loss`` and, when the loss is corrected, also
     ``eval_corrected_loss``, the mean over all targets.
+
+    ``metric_for_best_model="eval_clean_accuracy"`` selects on the accuracy on clean labels, estimated from noisy
+    evaluation labels and ``noise_transition``: that evaluation then adds ``eval_clean_accuracy`` and the ends of its
+    95 % interval, ``eval_clean_accuracy_low`` and ``_high`` (``eval_NAME_clean_accuracy`` where ``eval_dataset`` is a
+    dict). With ``eval_labels="noisy"`` every evaluation does, ``evaluate(reserved, metric_key_prefix="test")``, too.
+    A metric that the best epoch was chosen by is flattered by the choice: report the interval of examples that were
+    used neither to train nor to select. See :func:`~hf_robust_ft.clean_accuracy` for what it assumes.
 
     Source: algorithm 1 of Ju, Li & Zhang, *Robust Fine-Tuning of Deep Neural Networks with Hessian-based
     Generalization Guarantees*, ICML 2022.
@@ -61,8 +77,10 @@ class HessianRegularizedTrainer(Trainer):
         self._corrected: CorrectedLoss | None = None
         self._own_label_names = self.label_names
         self._evaluated: list[Tensor] | None = None
+        self._predicted: list[tuple[Tensor, int]] | None = None
         self._saved_reference: tuple[Path, LayerConstraints] | None = None
         self._set_up_correction()
+        self._set_up_noisy_evaluation()
         self._constrained_model = self._model
         self._projection = ProjectionCallback(
             make_constraints(self.args, self._constrained_model, sharded_by=self._sharded_by)
@@ -90,9 +108,11 @@ class HessianRegularizedTrainer(Trainer):
         """Settings are read here: train() calls this after model_init and before it loads a checkpoint."""
         super()._hp_search_setup(trial)
         self._set_up_correction()
+        self._set_up_noisy_evaluation()
         self._set_up_constraints()
         if self._corrected is not None and (classes := self._corrected.num_classes) is not None:
             check_dataset_labels(self.train_dataset, self.data_collator, self.label_names[0], classes)
+        self._check_noisy_labels()
 
     def _set_up_correction(self) -> None:
         if self._corrected is None or self.compute_loss_func is not self._corrected:
@@ -104,6 +124,19 @@ class HessianRegularizedTrainer(Trainer):
             # A model without a label argument: default_data_collator calls the column this.
             self.label_names = self.label_names or ["labels"]
             self._model_requires_labels = requires_argument(self._model, self.label_names[0])
+
+    def _set_up_noisy_evaluation(self) -> None:
+        self._noise = make_noisy_evaluation(
+            self.args, self._model, self.label_names, self.compute_metrics, self.eval_dataset
+        )
+
+    def _check_noisy_labels(self) -> None:
+        if self._noise is None:
+            return
+        for argument, dataset in noisy_datasets(self.args, self.eval_dataset).items():
+            if not isinstance(self._noise, float):  # else only the logits will tell the number of classes
+                name, classes = self.label_names[0], len(self._noise)
+                check_dataset_labels(dataset, self.data_collator, name, classes, argument=argument)
 
     def _set_up_constraints(self) -> None:
         build = functools.partial(make_constraints, self.args, self._model, sharded_by=self._sharded_by)
@@ -150,7 +183,12 @@ class HessianRegularizedTrainer(Trainer):
         """
         corrected = self._corrected
         if corrected is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if self._predicted is None:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            labels = inputs[self.label_names[0]]  # label smoothing takes them out
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            self._keep_predictions(outputs, labels)
+            return (loss, outputs) if return_outputs else loss
         labels = inputs.get(self.label_names[0])
         if labels is None:
             raise ValueError(
@@ -174,7 +212,14 @@ class HessianRegularizedTrainer(Trainer):
         if self._evaluated is not None:
             pair = torch.stack(corrected.per_example(outputs, labels), dim=1)
             self._evaluated.append(self.accelerator.gather_for_metrics(pair).cpu())
+        if self._predicted is not None:
+            self._keep_predictions(outputs, labels)
         return (loss, _with_loss_first(outputs, loss)) if return_outputs else loss
+
+    def _keep_predictions(self, outputs: Any, labels: Tensor) -> None:
+        assert self._predicted is not None  # what is called only then
+        pairs, classes = labels_and_predictions(outputs, labels)
+        self._predicted.append((self.accelerator.gather_for_metrics(pairs).cpu(), classes))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Counts what the corrected loss sums over: renamed labels, too, and no first token of a language model."""
@@ -193,23 +238,35 @@ class HessianRegularizedTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As ``Trainer.evaluation_loop``, with ``{prefix}_corrected_loss`` beside the plain ``{prefix}_loss``."""
-        if self._corrected is None:
-            return super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        outer, self._evaluated = self._evaluated, []  # compute_metrics may itself predict
+        """As ``Trainer.evaluation_loop``, with ``{prefix}_corrected_loss`` beside the plain ``{prefix}_loss``, and
+        ``{prefix}_clean_accuracy`` with its interval where that is asked for.
+
+        Both come from the outputs as the loss sees them: neither ``compute_metrics`` nor gathered logits are needed,
+        and ``preprocess_logits_for_metrics``, ``batch_eval_metrics`` and ``prediction_loss_only`` make no difference.
+        """
+        outer = self._evaluated, self._predicted  # compute_metrics may itself predict
+        self._evaluated = [] if self._corrected is not None else None
+        asked = self._noise is not None and estimates_clean_accuracy(self.args, metric_key_prefix)
+        self._predicted = [] if asked else None
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
+            metrics = output.metrics
+            assert metrics is not None  # Trainer always fills them
             if self._evaluated:
                 losses, targets = torch.cat(self._evaluated).double().sum(0).tolist()
-                assert output.metrics is not None  # Trainer always fills them
-                output.metrics[f"{metric_key_prefix}_corrected_loss"] = losses / max(targets, 1)
+                metrics[f"{metric_key_prefix}_corrected_loss"] = losses / max(targets, 1)
+            if self._predicted:
+                metrics.update(clean_accuracy_metrics(self._clean_accuracy(), metric_key_prefix, metrics))
         finally:
-            self._evaluated = outer
+            self._evaluated, self._predicted = outer
         return output
+
+    def _clean_accuracy(self) -> CleanAccuracy:
+        assert self._predicted  # what is called only then
+        labels, predictions = torch.cat([pairs for pairs, _ in self._predicted]).numpy().T
+        return clean_accuracy(predictions, labels, load_transition(self._noise, self._predicted[0][1]))
 
     # Checkpoints
 

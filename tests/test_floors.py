@@ -15,6 +15,7 @@ PACKAGE = "hf_robust_ft"
 # Module -> floor. 1: mathematics on tensors and floats. 2: what touches a model. 3: when and where. 4: who.
 # __init__ gathers the public names and so stands outside the floors.
 FLOORS = {
+    "clean_accuracy": 1,
     "noise": 1,
     "losses": 1,
     "projection": 1,
@@ -29,6 +30,8 @@ FLOORS = {
     "checkpoint": 3,
     "data": 3,
     "features": 3,
+    "metrics": 3,
+    "noisy_evaluation": 3,
     "trainer": 4,
 }
 NOT_ON_FLOOR_1 = {"transformers", "accelerate", "datasets", "evaluate", "huggingface_hub"}

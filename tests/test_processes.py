@@ -97,6 +97,9 @@ def test_every_example_is_evaluated_once(runs: Path, task: str, correction: str,
     for rank in _results(runs, "evaluation", processes):
         got = rank[f"{task} {correction} {count}"]
         assert got["corrected_loss"] == pytest.approx(got["direct_corrected_loss"], rel=1e-6)
+        # Its interval shows the number of examples, too.
+        if task == "sequence":
+            assert got["clean_accuracy"] == pytest.approx(got["direct_clean_accuracy"])
         # The Trainer's own mean is over batches: as good only with one target an example, and evenly shared.
         if task == "sequence" and (processes == 1 or count == 12):
             assert got["loss"] == pytest.approx(got["direct_loss"], rel=1e-6)

@@ -498,7 +498,7 @@ def test_other_problems_than_classification_are_refused(tmp_path: Path, problem:
         ([0, -1, 2], T, "label -1 lies outside 0..2"),
         ([0, 1, 2], [[0.5, 0.5, 0], [0, 1, 0], [0.5, 0, 0.5]], None),
         ([0, 1, 2], [[1, 0, 0], [0, 1, 0], [0.5, 0.5, 0]], "column 2 .* T says that label 2 can't occur"),
-        ([0.5, 1, 2], T, r"holds double; a corrected loss is|labels have dtype torch\.float"),
+        ([0.5, 1, 2], T, r"holds double; noise_transition is for|labels have dtype torch\.float"),
     ],
 )
 @pytest.mark.parametrize("kind", ["datasets", "torch"])

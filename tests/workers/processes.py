@@ -31,6 +31,7 @@ from hf_robust_ft import (
     HessianRegularizedTrainer,
     RobustTrainingArguments,
     backward_corrected,
+    clean_accuracy,
     cross_entropy,
     forward_corrected,
     symmetric_transition,
@@ -149,7 +150,11 @@ def evaluation(out: Path) -> dict[str, Any]:
             for count in (11, 12):
                 model, data = build(task), examples(task, count)
                 settings = arguments(
-                    out, noise_transition=NOISE, loss_correction=correction, per_device_eval_batch_size=2
+                    out,
+                    noise_transition=NOISE,
+                    loss_correction=correction,
+                    per_device_eval_batch_size=2,
+                    eval_labels="noisy" if task == "sequence" else None,
                 )
                 metrics = HessianRegularizedTrainer(model, settings, eval_dataset=data).evaluate()
                 everything = {key: torch.stack([example[key] for example in data]) for key in data[0]}
@@ -163,6 +168,12 @@ def evaluation(out: Path) -> dict[str, Any]:
                     "corrected_loss": metrics["eval_corrected_loss"],
                     "direct_corrected_loss": float(corrected(logits, labels).sum()) / targets,
                 }
+                if task == "sequence":
+                    direct = clean_accuracy(logits.argmax(-1), labels, transition)
+                    results[f"{task} {correction} {count}"] |= {
+                        "clean_accuracy": [metrics[f"eval_clean_accuracy{end}"] for end in ("", "_low", "_high")],
+                        "direct_clean_accuracy": [direct.accuracy, *direct.interval],
+                    }
     return results
 
 

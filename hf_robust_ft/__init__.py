@@ -17,6 +17,15 @@ from .curvature import (
     spectral_density,
     top_eigenpairs,
 )
+from .estimation import (
+    CrossFit,
+    TransitionEstimate,
+    confident_joint_transition,
+    crossfit,
+    dual_t_transition,
+    estimate_transition,
+    trusted_transition,
+)
 from .layers import Layer, NotALayer, find_layers
 from .losses import backward_corrected, cross_entropy, forward_corrected
 from .noise import (
@@ -36,6 +45,7 @@ __all__ = [
     "ConstraintRow",
     "ConstraintTable",
     "CorrectedLoss",
+    "CrossFit",
     "HessianRegularizedTrainer",
     "HessianReport",
     "InverseTransition",
@@ -46,10 +56,15 @@ __all__ = [
     "QuadraticForms",
     "ReferenceMismatch",
     "RobustTrainingArguments",
+    "TransitionEstimate",
     "backward_corrected",
+    "confident_joint_transition",
     "corrupt_dataset",
     "corrupt_labels",
     "cross_entropy",
+    "crossfit",
+    "dual_t_transition",
+    "estimate_transition",
     "find_layers",
     "forward_corrected",
     "hessian_trace",
@@ -63,5 +78,6 @@ __all__ = [
     "spectral_density",
     "symmetric_transition",
     "top_eigenpairs",
+    "trusted_transition",
     "validate_transition",
 ]

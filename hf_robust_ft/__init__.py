@@ -18,6 +18,15 @@ from .curvature import (
     spectral_density,
     top_eigenpairs,
 )
+from .estimation import (
+    CrossFit,
+    TransitionEstimate,
+    confident_joint_transition,
+    crossfit,
+    dual_t_transition,
+    estimate_transition,
+    trusted_transition,
+)
 from .frozen_features import frozen_features
 from .layers import Layer, NotALayer, find_layers
 from .losses import (
@@ -46,6 +55,7 @@ __all__ = [
     "ConstraintRow",
     "ConstraintTable",
     "CorrectedLoss",
+    "CrossFit",
     "HessianRegularizedTrainer",
     "HessianReport",
     "InverseTransition",
@@ -56,11 +66,16 @@ __all__ = [
     "QuadraticForms",
     "ReferenceMismatch",
     "RobustTrainingArguments",
+    "TransitionEstimate",
     "backward_corrected",
     "clean_accuracy",
+    "confident_joint_transition",
     "corrupt_dataset",
     "corrupt_labels",
     "cross_entropy",
+    "crossfit",
+    "dual_t_transition",
+    "estimate_transition",
     "find_layers",
     "forward_corrected",
     "frozen_features",
@@ -77,5 +92,6 @@ __all__ = [
     "spectral_density",
     "symmetric_transition",
     "top_eigenpairs",
+    "trusted_transition",
     "validate_transition",
 ]

@@ -19,6 +19,7 @@ FLOORS = {
     "noise": 1,
     "losses": 1,
     "projection": 1,
+    "estimation": 1,
     "layers": 2,
     "reference": 2,
     "constraints": 2,

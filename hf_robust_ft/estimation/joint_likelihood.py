@@ -1,0 +1,162 @@
+"""T and the clean posterior together, by maximum likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import log_softmax, softmax
+
+from ..noise import Matrix
+from .crossfit import INTERCEPT_PRECISION, WEIGHT_PRECISION
+from .inputs import Labels
+
+# Smallest entry of a start: softmax can't reach 0, and L-BFGS would not leave it.
+START_FLOOR = 1e-3
+
+# Iterations that each start gets before the best one goes on alone.
+TRIAL_ITERATIONS = 60
+MAX_ITERATIONS = 500
+
+
+class JointFit(NamedTuple):
+    """Where the likelihood is largest."""
+
+    transition: Matrix
+    """[K, K]."""
+    weights: Matrix
+    """[K_in, K] of the head on scores."""
+    intercepts: Matrix
+    """[K]."""
+    objective: float
+    """Mean negative log posterior of an example at the optimum."""
+
+    def clean_probabilities(self, scores: Matrix) -> Matrix:
+        """``P(y = i | x)`` of the true class, [n, K]."""
+        p: Matrix = softmax(scores @ self.weights + self.intercepts, axis=1)
+        return p
+
+
+def joint_transition(scores: Matrix, labels: Labels, starts: Sequence[Matrix]) -> JointFit:
+    """Maximise ``Σ_n log[(softmax(s_n W + b) T)[ỹ_n]]`` over W, b and T, with weak priors.
+
+    The scores s_n are the out-of-fold ones of :func:`crossfit`, K numbers an example. They carry the noise-blind part
+    of the head. On all d features, the head would memorise noisy labels and the identity would win (measured on
+    Fashion-MNIST with 40 % symmetric noise: the diagonal came out 0.25 to 0.30 too large, at any L2); on K
+    out-of-fold scores it has K (K + 1) weights and can't.
+
+    What identifies T is that the logits of p are linear in the scores: the plateau that ``P(ỹ | x)`` reaches as
+    logits grow is a row of T. The likelihood has several maxima, so it is climbed from several starts.
+
+    Priors: standard normal on W (scores have unit mean square), and Dirichlet(1 + 1/K) on each row of T, one example's
+    worth in all (Perks). A Dirichlet(2), one example an entry, is not weak: it pulls the diagonal of clean data
+    from 0.99 to 0.91 at 100 examples a class.
+
+    Args:
+        scores: [n, K_in].
+        labels: [n] integers in 0..K-1, noisy.
+        starts: matrices [K, K] to climb from.
+    """
+    trials = [_climb(scores, labels, _pack(scores.shape[1], start), TRIAL_ITERATIONS) for start in starts]
+    best = min(range(len(trials)), key=lambda k: trials[k][1])
+    return _unpack(*_climb(scores, labels, trials[best][0], MAX_ITERATIONS), scores.shape[1], starts[0].shape[0])
+
+
+def refit(scores: Matrix, labels: Labels, fit: JointFit, *, fixed_transition: bool = False) -> JointFit:
+    """Climb again from a fit, with other labels or (with ``fixed_transition``) for the head alone."""
+    theta = np.concatenate([fit.weights.ravel(), fit.intercepts, np.log(np.clip(fit.transition, 1e-12, None)).ravel()])
+    if not fixed_transition:
+        # A start near a boundary, where the softmax is flat, would stay there.
+        theta[-fit.transition.size :] = np.log(np.clip(fit.transition, START_FLOOR, None)).ravel()
+    found = _climb(scores, labels, theta, MAX_ITERATIONS, fixed_transition)
+    result = _unpack(*found, *fit.weights.shape)
+    return result._replace(transition=fit.transition) if fixed_transition else result
+
+
+def head_for(scores: Matrix, labels: Labels, transition: Matrix) -> JointFit:
+    """The head alone, for a T that is known."""
+    inputs, num_classes = scores.shape[1], len(transition)
+    blank = JointFit(transition, np.zeros((inputs, num_classes)), np.zeros(num_classes), np.inf)
+    return refit(scores, labels, blank, fixed_transition=True)
+
+
+def negative_log_posterior(
+    theta: Matrix, scores: Matrix, labels: Labels, num_classes: int, fixed_transition: bool = False
+) -> tuple[float, Matrix]:
+    """The objective a example, and its gradient.
+
+    With ``p = softmax(s W + b)``, ``q = (p T)[ỹ]`` and the responsibilities ``r = p ⊙ T[:, ỹ] / q``, the gradient is
+    ``p - r`` in the logits, and ``T ⊙ R·1 - R`` in the logits of T, where ``R[i, j]`` sums r_i over examples with label j.
+
+    Args:
+        theta: W (row by row), b, and the logits of T (row by row).
+    """
+    n, inputs = scores.shape
+    split = inputs * num_classes
+    weights = theta[:split].reshape(inputs, num_classes)
+    intercepts = theta[split : split + num_classes]
+    log_transition = log_softmax(theta[split + num_classes :].reshape(num_classes, num_classes), axis=1)
+    transition = np.exp(log_transition)
+    p = softmax(scores @ weights + intercepts, axis=1)
+    responsible = p * transition.T[labels]
+    # Not zero unless both factors underflow; then the example counts as impossible, not as NaN.
+    q = np.maximum(responsible.sum(axis=1), 1e-300)
+    responsible /= q[:, None]
+    pseudo = 1 / num_classes
+    loss = -np.log(q).sum() - pseudo * log_transition.sum()
+    loss += 0.5 * (WEIGHT_PRECISION * (weights**2).sum() + INTERCEPT_PRECISION * (intercepts**2).sum())
+    of_logits = p - responsible
+    if fixed_transition:
+        of_transition = np.zeros_like(transition)
+    else:
+        counts = np.stack([responsible[labels == j].sum(axis=0) for j in range(num_classes)], axis=1) + pseudo
+        of_transition = transition * counts.sum(axis=1, keepdims=True) - counts
+    gradient = np.concatenate(
+        [
+            (scores.T @ of_logits + WEIGHT_PRECISION * weights).ravel(),
+            of_logits.sum(axis=0) + INTERCEPT_PRECISION * intercepts,
+            of_transition.ravel(),
+        ]
+    )
+    return loss / n, gradient / n
+
+
+def _climb(
+    scores: Matrix, labels: Labels, theta: Matrix, iterations: int, fixed_transition: bool = False
+) -> tuple[Matrix, float]:
+    # Sorted by label, the sums over examples of one label read memory in order.
+    order = np.argsort(labels, kind="stable")
+    found = minimize(
+        negative_log_posterior,
+        theta,
+        args=(scores[order], labels[order], _classes(theta, scores.shape[1]), fixed_transition),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": iterations, "ftol": 1e-8, "gtol": 1e-6, "maxcor": 20},
+    )
+    return found.x, float(found.fun)
+
+
+def _classes(theta: Matrix, inputs: int) -> int:
+    """K, of ``len(theta) = K² + (inputs + 1) K``."""
+    return round((np.sqrt((inputs + 1) ** 2 + 4 * len(theta)) - inputs - 1) / 2)
+
+
+def _pack(inputs: int, transition: Matrix) -> Matrix:
+    """Zero weights, so that every class is equally likely at first, and the start's T."""
+    num_classes = len(transition)
+    return np.concatenate(
+        [np.zeros((inputs + 1) * num_classes), np.log(np.clip(transition, START_FLOOR, None)).ravel()]
+    )
+
+
+def _unpack(theta: Matrix, objective: float, inputs: int, num_classes: int) -> JointFit:
+    split = inputs * num_classes
+    return JointFit(
+        softmax(theta[split + num_classes :].reshape(num_classes, num_classes), axis=1),
+        theta[:split].reshape(inputs, num_classes),
+        theta[split : split + num_classes],
+        objective,
+    )

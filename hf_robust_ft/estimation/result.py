@@ -1,0 +1,139 @@
+"""What an estimate of T carries, how it reads, and how it is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..noise import Matrix
+
+FORMAT = "hf_robust_ft.TransitionEstimate/1"
+
+# The text of an estimate prints T whole up to this many classes, and its largest entries beyond.
+PRINTED_CLASSES = 12
+
+
+@dataclass(frozen=True, eq=False)
+class TransitionEstimate:
+    """An estimated noise transition matrix with its uncertainty. Rows are the true class.
+
+    Intervals are 95 % ones. They cover sampling, not the misfit of a linear head.
+    """
+
+    transition: Matrix
+    """[K, K], ``T[i, j] = P(noisy = j | true = i)``."""
+    standard_error: Matrix
+    """[K, K], by bootstrap."""
+    interval: Matrix
+    """[K, K, 2]: lower and upper end for each entry; its diagonal is the interval of ``T[i, i]``."""
+    noise_rate: float
+    """``Σ_i P(y = i) (1 - T[i, i])``: the share of wrong labels."""
+    noise_rate_error: float
+    noise_rate_interval: tuple[float, float]
+    clean_prior: Matrix
+    """[K]: ``P(y = i)`` of the true class."""
+    condition_number: float
+    """``‖T‖₂ ‖T^-1‖₂``; 1 is noiseless, infinity is not identifiable."""
+    smallest_singular_value: float
+    """How far T is from a singular matrix, in the spectral norm."""
+    singular_value_interval: tuple[float, float]
+    """If it reaches 0, a singular T explains the labels as well: they may not identify the true classes."""
+    effective_counts: Matrix
+    """[K]: ``Σ_n P(y = i | x_n)²``, the examples of class i, each counted by how surely it is one."""
+    counts: Matrix
+    """[K]: how many examples carry each noisy label."""
+    class_conditional_p_value: float
+    """Small: noise depends on the example, not on its class alone (or a linear head misfits). NaN: not tested."""
+    method: str
+    n: int
+    bootstrap: int
+    """How many replicates the errors and the p-value come from."""
+    folds: int
+    seed: int
+    verdict: str
+
+    @property
+    def identifiable(self) -> bool:
+        """Whether T is regular throughout its interval, so that correction by it is meaningful."""
+        return self.singular_value_interval[0] > 0
+
+    def save(self, path: str | Path) -> None:
+        """Write the estimate as JSON, at once: a reader never sees half a file."""
+        content = {"format": FORMAT}
+        for name, value in asdict(self).items():
+            content[name] = value.tolist() if isinstance(value, np.ndarray) else value
+        content["class_conditional_p_value"] = _number_or_none(self.class_conditional_p_value)  # type: ignore[assignment]
+        content["condition_number"] = _number_or_none(self.condition_number)  # type: ignore[assignment]
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_name(f".{target.name}.{os.getpid()}")
+        scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(scratch, target)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TransitionEstimate:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is something else.
+        """
+        try:
+            content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not JSON ({error}); give a file that TransitionEstimate.save wrote") from None
+        names = {field.name for field in fields(cls)}
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT or set(content) != names:
+            raise ValueError(f"{path} holds no transition estimate; give a file that TransitionEstimate.save wrote")
+        for name in ("transition", "standard_error", "interval", "clean_prior", "effective_counts", "counts"):
+            content[name] = np.array(content[name], dtype=np.float64)
+        for name in ("noise_rate_interval", "singular_value_interval"):
+            content[name] = tuple(content[name])
+        if content["class_conditional_p_value"] is None:
+            content["class_conditional_p_value"] = float("nan")
+        if content["condition_number"] is None:
+            content["condition_number"] = float("inf")
+        return cls(**content)
+
+    def __str__(self) -> str:
+        low, high = self.noise_rate_interval
+        p = self.class_conditional_p_value
+        lines = [
+            f"Noise transition matrix of {len(self.transition)} classes, from {self.n} examples ({self.method})",
+            f"  noise rate        {self.noise_rate:.1%}  [{low:.1%}, {high:.1%}]",
+            f"  condition number  {self.condition_number:.3g}",
+            f"  class-conditional {'not tested' if np.isnan(p) else f'p = {p:.3g}'}",
+            "",
+            *(self._table() if len(self.transition) <= PRINTED_CLASSES else self._largest()),
+            "",
+            self.verdict,
+        ]
+        return "\n".join(lines)
+
+    def _table(self) -> list[str]:
+        num_classes = len(self.transition)
+        lines = ["  true | noisy " + "".join(f"{j:>5}" for j in range(num_classes)) + "   ± diagonal   count"]
+        for i, row in enumerate(self.transition):
+            entries = "".join(f"{'·' if value < 0.005 else f'{value:.2f}':>5}" for value in row)
+            lines.append(
+                f"  {i:>4} |       {entries}   {self.standard_error[i, i]:>10.2f}   {self.effective_counts[i]:>5.0f}"
+            )
+        return lines
+
+    def _largest(self) -> list[str]:
+        off = self.transition - np.diag(np.diag(self.transition))
+        order = np.argsort(-off, axis=None)[:10]
+        lines = ["  most frequent mistakes (true -> noisy):"]
+        for flat in order:
+            i, j = divmod(int(flat), len(off))
+            lines.append(f"  {i:>4} -> {j:<4} {off[i, j]:.2f} ± {self.standard_error[i, j]:.2f}")
+        return lines
+
+
+def _number_or_none(value: float) -> float | None:
+    """JSON knows neither NaN nor infinity."""
+    return value if np.isfinite(value) else None

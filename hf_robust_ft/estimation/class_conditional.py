@@ -51,7 +51,8 @@ def dependence_statistic(
 ) -> float:
     """χ² of observed against expected labels in cells of (predicted class, side of a component).
 
-    ``Σ (O - E)² / E`` with ``E = Σ_{n in cell} (p_n T)_j``. Cells that expect fewer than 5 labels are pooled a component.
+    ``Σ (O - E)² / E`` with ``E = Σ_{n in cell} (p_n T)_j``. Cells that expect fewer than 5 labels are pooled, for each
+    component.
 
     Args:
         noisy_probabilities: [n, K], ``p_n T``.
@@ -74,6 +75,14 @@ def dependence_statistic(
         if pooled > 0:
             total += float(difference[~enough].sum()) ** 2 / pooled
     return total
+
+
+def effect_size(observed: float, simulated: Matrix, examples: int, components: int) -> float:
+    """Cohen's w: ``√((χ² - E₀ χ²)⁺ / n)`` of one component, with the mean under the null simulated.
+
+    It does not grow with n, as -log p does: it tells a dependence that matters from a head that fits nearly.
+    """
+    return float(np.sqrt(max(0.0, observed - float(simulated.mean())) / (examples * components)))
 
 
 def simulated_p_value(observed: float, simulated: Matrix) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from cleanlab.count import compute_confident_joint, estimate_latent
 
 from ..noise import Matrix
 from .inputs import check_class_labels, check_features
@@ -26,6 +25,9 @@ def confident_joint_transition(probabilities: npt.ArrayLike, labels: npt.ArrayLi
     Raises:
         ValueError: bad probabilities or labels.
     """
+    # Importing cleanlab takes seconds (pandas, scikit-learn), which import hf_robust_ft should not.
+    from cleanlab.count import compute_confident_joint, estimate_latent
+
     p = check_features(probabilities, "probabilities")
     y, num_classes = check_class_labels(labels, len(p), p.shape[1])
     present = np.flatnonzero(np.bincount(y, minlength=num_classes))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..noise import Matrix
-from .class_conditional import dependence_statistic, regions, simulated_p_value
+from .class_conditional import dependence_statistic, effect_size, regions, simulated_p_value
 from .confident_joint import confident_joint_transition
 from .crossfit import CrossFit, crossfit
 from .dual_t import dual_t_transition
@@ -38,6 +38,7 @@ class _Spread(NamedTuple):
     transitions: Matrix
     priors: Matrix
     statistics: Matrix
+    components: int
 
 
 def estimate_transition(
@@ -115,20 +116,17 @@ def estimate_transition(
         spread = _parametric(cross.scores, y, x, fit, bootstrap, rng)
         error = spread.transitions.std(axis=0, ddof=1)
         fit = head_for(cross.scores, y, shrink(fit.transition, error))
-        p_value = simulated_p_value(spread.statistics[0], spread.statistics[1:])
-        transitions, priors = spread.transitions, spread.priors
+        transitions = spread.transitions
     else:
         counting = _counting(method, cross, y, trusted_labels)
         transition = counting(np.arange(len(trusted_labels) if method == "trusted" else len(y)))
         fit = head_for(cross.scores, y, transition)
         spread = _parametric(cross.scores, y, x, fit, bootstrap, rng, fixed_transition=True)
-        p_value = simulated_p_value(spread.statistics[0], spread.statistics[1:])
         size = len(trusted_labels) if method == "trusted" else len(y)
         strata = trusted_labels if method == "trusted" else y
         transitions = np.stack([counting(_resample(strata, size, rng)) for _ in range(bootstrap)])
-        priors = spread.priors
         error = transitions.std(axis=0, ddof=1)
-    return _assemble(fit, cross, y, transitions, priors, error, p_value, method, folds, seed)
+    return _assemble(fit, cross, y, transitions, spread, error, method, folds, seed)
 
 
 def _starts(cross: CrossFit, labels: Labels) -> list[Matrix]:
@@ -163,7 +161,7 @@ def _parametric(
         transitions.append(again.transition)
         priors.append(q.mean(axis=0))
         statistics.append(dependence_statistic(q @ again.transition, drawn, predicted, sides))
-    return _Spread(np.stack(transitions), np.stack(priors), np.array(statistics))
+    return _Spread(np.stack(transitions), np.stack(priors), np.array(statistics), sides.shape[1])
 
 
 def _counting(
@@ -199,9 +197,8 @@ def _assemble(
     cross: CrossFit,
     labels: Labels,
     transitions: Matrix,
-    priors: Matrix,
+    spread: _Spread,
     error: Matrix,
-    p_value: float,
     method: str,
     folds: int,
     seed: int,
@@ -209,18 +206,18 @@ def _assemble(
     transition = fit.transition
     p = fit.clean_probabilities(cross.scores)
     prior = p.mean(axis=0)
-    rates = 1 - (priors * np.diagonal(transitions, axis1=1, axis2=2)).sum(axis=1)
+    rates = 1 - (spread.priors * np.diagonal(transitions, axis1=1, axis2=2)).sum(axis=1)
     rate = float(1 - prior @ np.diag(transition))
     rate_error = float(rates.std(ddof=1))
-    rate_interval = _interval(rate, rate_error, 1.0)
+    rate_interval = _interval(rate, rate_error)
     left, singular, right = np.linalg.svd(transition)
     smallest = float(singular[-1])
     # σ = uᵀ T v along the direction in which T is nearest to singular, so its error is that of a linear form of T.
     along = np.einsum("i,bij,j->b", left[:, -1], transitions, right[-1])
-    singular_interval = (
-        smallest - NORMAL_QUANTILE * float(along.std(ddof=1)),
-        smallest + NORMAL_QUANTILE * float(along.std(ddof=1)),
-    )
+    singular_interval = _interval(smallest, float(along.std(ddof=1)))
+    observed, simulated = float(spread.statistics[0]), spread.statistics[1:]
+    p_value = simulated_p_value(observed, simulated)
+    effect = effect_size(observed, simulated, len(labels), spread.components)
     reach = NORMAL_QUANTILE * error
     interval = np.clip(np.stack([transition - reach, transition + reach], axis=2), 0, 1)
     effective = (p**2).sum(axis=0)
@@ -238,14 +235,15 @@ def _assemble(
         effective_counts=effective,
         counts=np.bincount(labels, minlength=len(transition)).astype(np.float64),
         class_conditional_p_value=p_value,
+        class_conditional_effect=effect,
         method=method,
         n=len(labels),
         bootstrap=len(transitions),
         folds=folds,
         seed=seed,
-        verdict=write_verdict(rate, rate_interval, singular_interval, effective, p_value),
+        verdict=write_verdict(rate, rate_interval, singular_interval, effective, p_value, effect),
     )
 
 
-def _interval(value: float, error: float, upper: float) -> tuple[float, float]:
-    return max(0.0, value - NORMAL_QUANTILE * error), min(upper, value + NORMAL_QUANTILE * error)
+def _interval(value: float, error: float) -> tuple[float, float]:
+    return max(0.0, value - NORMAL_QUANTILE * error), min(1.0, value + NORMAL_QUANTILE * error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ START_FLOOR = 1e-3
 # Iterations that each start gets before the best one goes on alone.
 TRIAL_ITERATIONS = 60
 MAX_ITERATIONS = 500
+# Replicates start at the optimum of other labels, and need only be as exact as their own spread.
+REFIT_ITERATIONS = 150
 
 
 class JointFit(NamedTuple):
@@ -70,7 +73,7 @@ def refit(scores: Matrix, labels: Labels, fit: JointFit, *, fixed_transition: bo
     if not fixed_transition:
         # A start near a boundary, where the softmax is flat, would stay there.
         theta[-fit.transition.size :] = np.log(np.clip(fit.transition, START_FLOOR, None)).ravel()
-    found = _climb(scores, labels, theta, MAX_ITERATIONS, fixed_transition)
+    found = _climb(scores, labels, theta, REFIT_ITERATIONS, fixed_transition)
     result = _unpack(*found, *fit.weights.shape)
     return result._replace(transition=fit.transition) if fixed_transition else result
 
@@ -85,13 +88,15 @@ def head_for(scores: Matrix, labels: Labels, transition: Matrix) -> JointFit:
 def negative_log_posterior(
     theta: Matrix, scores: Matrix, labels: Labels, num_classes: int, fixed_transition: bool = False
 ) -> tuple[float, Matrix]:
-    """The objective a example, and its gradient.
+    """The objective of an example, and its gradient.
 
     With ``p = softmax(s W + b)``, ``q = (p T)[ỹ]`` and the responsibilities ``r = p ⊙ T[:, ỹ] / q``, the gradient is
-    ``p - r`` in the logits, and ``T ⊙ R·1 - R`` in the logits of T, where ``R[i, j]`` sums r_i over examples with label j.
+    ``p - r`` in the logits, and ``T ⊙ R·1 - R`` in the logits of T, where ``R[i, j]`` sums r_i over the examples with
+    label j.
 
     Args:
         theta: W (row by row), b, and the logits of T (row by row).
+        labels: [n], in ascending order.
     """
     n, inputs = scores.shape
     split = inputs * num_classes
@@ -111,7 +116,9 @@ def negative_log_posterior(
     if fixed_transition:
         of_transition = np.zeros_like(transition)
     else:
-        counts = np.stack([responsible[labels == j].sum(axis=0) for j in range(num_classes)], axis=1) + pseudo
+        present, first = np.unique(labels, return_index=True)
+        counts = np.full((num_classes, num_classes), pseudo)
+        counts[:, present] += np.add.reduceat(responsible, first).T
         of_transition = transition * counts.sum(axis=1, keepdims=True) - counts
     gradient = np.concatenate(
         [
@@ -126,7 +133,6 @@ def negative_log_posterior(
 def _climb(
     scores: Matrix, labels: Labels, theta: Matrix, iterations: int, fixed_transition: bool = False
 ) -> tuple[Matrix, float]:
-    # Sorted by label, the sums over examples of one label read memory in order.
     order = np.argsort(labels, kind="stable")
     found = minimize(
         negative_log_posterior,
@@ -141,7 +147,7 @@ def _climb(
 
 def _classes(theta: Matrix, inputs: int) -> int:
     """K, of ``len(theta) = K² + (inputs + 1) K``."""
-    return round((np.sqrt((inputs + 1) ** 2 + 4 * len(theta)) - inputs - 1) / 2)
+    return round((math.sqrt((inputs + 1) ** 2 + 4 * len(theta)) - inputs - 1) / 2)
 
 
 def _pack(inputs: int, transition: Matrix) -> Matrix:

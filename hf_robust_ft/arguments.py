@@ -32,7 +32,8 @@ class RobustTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Label noise T with T[i, j] = P(noisy label = j | true label = i): a symmetric rate (0.4), a "
-            "path to .npy or .json, or the matrix as JSON. None: no noise model."
+            "path to .npy or .json, the matrix as JSON, or 'estimate': before training, from the training labels and "
+            "features of the frozen backbone. None: no noise model."
         },
     )
     loss_correction: str | None = field(

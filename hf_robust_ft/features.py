@@ -23,15 +23,22 @@ WARN_CONDITION_NUMBER = 10.0
 
 
 def make_corrected_loss(
-    args: TrainingArguments, model: nn.Module, label_names: list[str], user_loss: Callable[..., Any] | None
+    args: TrainingArguments,
+    transition: Any,
+    model: nn.Module,
+    label_names: list[str],
+    user_loss: Callable[..., Any] | None,
 ) -> CorrectedLoss | None:
     """The loss that the arguments ask for; None if it is the model's own (or the user's).
+
+    Args:
+        transition: T, or what :func:`~hf_robust_ft.noise.load_transition` reads; None without a noise model.
 
     Raises:
         ValueError: a correction without T, with another loss or label smoothing beside it, for several labels
             or for a model that is no classifier; a T that :class:`CorrectedLoss` refuses.
     """
-    transition, correction = setting(args, "noise_transition"), setting(args, "loss_correction")
+    correction = setting(args, "loss_correction")
     if correction is None:
         correction = "none" if transition is None else "forward"
     if correction == "none":
@@ -114,6 +121,31 @@ def requires_argument(model: nn.Module, argument: str) -> bool:
     """Whether ``model.forward`` can't be called without this argument."""
     parameter = inspect.signature(model.forward).parameters.get(argument)
     return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
+def one_class_an_example(model: nn.Module, label_names: list[str], asked: str) -> None:
+    """Refuse a model that does not predict one class an example.
+
+    Args:
+        asked: the setting that needs it, for the message.
+
+    Raises:
+        ValueError: regression, several labels an example or several examples a row.
+    """
+    if other_problem(model) is not None:
+        raise ValueError(
+            f"{asked} is for one class an example, but the model's problem_type is '{other_problem(model)}'"
+        )
+    kind = loss_type(model)
+    if kind is not None and (not kind.endswith("Classification") or kind == "ForTokenClassification"):
+        raise ValueError(
+            f"{asked} is for one class an example, but the model's task is {kind}, whose targets of one sequence or "
+            "image are not independent"
+        )
+    if len(label_names) != 1:
+        raise ValueError(
+            f"{asked} needs one column of labels, but label_names is {label_names}; name the one that is noisy"
+        )
 
 
 def other_problem(model: nn.Module) -> str | None:

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from .clean_accuracy import CleanAccuracy
 from .corrected_loss import find_logits, loss_type
-from .features import num_classes, other_problem, setting
+from .features import num_classes, one_class_an_example, setting
 from .noise import invert_transition, load_transition, read_transition
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ def estimates_clean_accuracy(args: TrainingArguments, prefix: str) -> bool:
 
 def make_noisy_evaluation(
     args: TrainingArguments,
+    transition: Any,
     model: nn.Module,
     label_names: list[str],
     compute_metrics: Callable[..., Any] | None,
@@ -36,12 +37,15 @@ def make_noisy_evaluation(
 ) -> Any:
     """The noise model of the evaluation labels, a rate or T [K, K]; None if no evaluation asks for it.
 
+    Args:
+        transition: T, or what :func:`~hf_robust_ft.noise.load_transition` reads; None without a noise model.
+
     Raises:
         ValueError: clean accuracy is asked for, but T is not given or is singular; the model does not predict one
             class an example; or ``metric_for_best_model`` names an evaluation that there is not. (A metric that
             ``compute_metrics`` may return is left to it.)
     """
-    labels, transition = setting(args, "eval_labels"), setting(args, "noise_transition")
+    labels = setting(args, "eval_labels")
     if labels == "noisy" and transition is None:
         raise ValueError("eval_labels='noisy' needs noise_transition: give a rate, a path or a matrix")
     possible = [f"{prefix}_{name}" for prefix in _prefixes(eval_dataset).values() for name in METRICS]
@@ -63,23 +67,11 @@ def make_noisy_evaluation(
         return None
 
     asked = "eval_labels='noisy'" if labels else f"metric_for_best_model='{args.metric_for_best_model}'"
-    kind = loss_type(model)
-    problem = other_problem(model)
-    if problem is not None:
-        raise ValueError(f"{asked} is for one class an example, but the model's problem_type is '{problem}'")
-    if kind is not None and (not kind.endswith("Classification") or kind == "ForTokenClassification"):
-        raise ValueError(
-            f"{asked} is for one class an example, but the model's task is {kind}: the intervals take targets to be "
-            "independent, and those of one sequence or image are not. Set eval_labels='clean' and use another metric"
-        )
-    if len(label_names) != 1:
-        raise ValueError(
-            f"{asked} needs one column of labels, but label_names is {label_names}; name the one that is noisy"
-        )
+    one_class_an_example(model, label_names, asked)
     if args.use_liger_kernel:
         raise ValueError(f"{asked} needs logits, which use_liger_kernel may leave out; set use_liger_kernel=False")
     noise = read_transition(transition)
-    classes = num_classes(model, kind)
+    classes = num_classes(model, loss_type(model))
     if classes is not None or not isinstance(noise, float):
         noise = load_transition(noise, classes)
         invert_transition(noise)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
@@ -19,10 +20,13 @@ from .callbacks import ProjectionCallback
 from .checkpoint import ConstraintRecord, last_complete_checkpoint
 from .clean_accuracy import CleanAccuracy, clean_accuracy
 from .constraints import ConstraintTable, LayerConstraints
-from .corrected_loss import CorrectedLoss
+from .corrected_loss import CorrectedLoss, loss_type
 from .data import check_dataset_labels
-from .features import make_constraints, make_corrected_loss, requires_argument
+from .estimation import TransitionEstimate
+from .features import make_constraints, make_corrected_loss, num_classes, requires_argument, setting
 from .noise import load_transition
+from .noise_estimate import ESTIMATE, check_estimable, estimate_noise, transition_draws
+from .noise_estimate import FILE as ESTIMATE_FILE
 from .noisy_evaluation import (
     clean_accuracy_metrics,
     estimates_clean_accuracy,
@@ -42,6 +46,10 @@ class HessianRegularizedTrainer(Trainer):
     matrix (``noise_transition``, ``loss_correction``) and keeps each layer in a ball around its
     pretrained weights (``layer_radius`` and its kin). With plain ``TrainingArguments``, or with both
     features off, it trains exactly as ``Trainer`` does.
+
+    ``noise_transition="estimate"`` estimates T before the first step, from the training labels and the features
+    of the frozen backbone (:func:`~hf_robust_ft.estimate_transition`): see :attr:`noise_estimate`, and
+    ``transition_estimate.json`` in the output folder, which a resumed run reads again.
 
     The balls are centred on the weights of the model given here (or returned by ``model_init``). The
     centres stay in memory, and lie beside the checkpoints for resuming.
@@ -79,8 +87,12 @@ class HessianRegularizedTrainer(Trainer):
         self._evaluated: list[Tensor] | None = None
         self._predicted: list[tuple[Tensor, int]] | None = None
         self._saved_reference: tuple[Path, LayerConstraints] | None = None
+        self.noise_estimate: TransitionEstimate | None = None
+        """With ``noise_transition="estimate"``: T and its uncertainty, once training or evaluation has begun."""
         self._set_up_correction()
         self._set_up_noisy_evaluation()
+        if self._estimates_noise:
+            check_estimable(self._model, self.train_dataset, self.label_names)
         self._constrained_model = self._model
         self._projection = ProjectionCallback(
             make_constraints(self.args, self._constrained_model, sharded_by=self._sharded_by)
@@ -107,6 +119,7 @@ class HessianRegularizedTrainer(Trainer):
     def _hp_search_setup(self, trial: Any) -> None:
         """Settings are read here: train() calls this after model_init and before it loads a checkpoint."""
         super()._hp_search_setup(trial)
+        self._estimate_noise()
         self._set_up_correction()
         self._set_up_noisy_evaluation()
         self._set_up_constraints()
@@ -114,11 +127,37 @@ class HessianRegularizedTrainer(Trainer):
             check_dataset_labels(self.train_dataset, self.data_collator, self.label_names[0], classes)
         self._check_noisy_labels()
 
+    @property
+    def _estimates_noise(self) -> bool:
+        return isinstance(value := setting(self.args, "noise_transition"), str) and value == ESTIMATE
+
+    @property
+    def _transition(self) -> Any:
+        """The noise model. Until it is estimated a rate of 0 stands in, with which nothing is computed."""
+        if not self._estimates_noise:
+            return setting(self.args, "noise_transition")
+        return 0.0 if self.noise_estimate is None else self.noise_estimate.transition
+
+    def _estimate_noise(self) -> None:
+        """Once: from the features that the model has before training."""
+        if not self._estimates_noise or self.noise_estimate is not None:
+            return
+        check_estimable(self._model, self.train_dataset, self.label_names)
+        dataset, collate = self.train_dataset, self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="noise estimation")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="noise estimation")
+        classes = num_classes(self._model, loss_type(self._model))
+        self.noise_estimate = estimate_noise(self._model, dataset, collate, self.label_names[0], classes, self.args)
+
     def _set_up_correction(self) -> None:
         if self._corrected is None or self.compute_loss_func is not self._corrected:
             self._user_loss = self.compute_loss_func
         self.label_names = self._own_label_names
-        self._corrected = make_corrected_loss(self.args, self._model, self.label_names, self._user_loss)
+        self._corrected = make_corrected_loss(
+            self.args, self._transition, self._model, self.label_names, self._user_loss
+        )
         self.compute_loss_func = self._user_loss if self._corrected is None else self._corrected
         if self._corrected is not None:
             # A model without a label argument: default_data_collator calls the column this.
@@ -127,7 +166,7 @@ class HessianRegularizedTrainer(Trainer):
 
     def _set_up_noisy_evaluation(self) -> None:
         self._noise = make_noisy_evaluation(
-            self.args, self._model, self.label_names, self.compute_metrics, self.eval_dataset
+            self.args, self._transition, self._model, self.label_names, self.compute_metrics, self.eval_dataset
         )
 
     def _check_noisy_labels(self) -> None:
@@ -244,6 +283,10 @@ class HessianRegularizedTrainer(Trainer):
         Both come from the outputs as the loss sees them: neither ``compute_metrics`` nor gathered logits are needed,
         and ``preprocess_logits_for_metrics``, ``batch_eval_metrics`` and ``prediction_loss_only`` make no difference.
         """
+        if self._estimates_noise and self.noise_estimate is None:
+            self._estimate_noise()
+            self._set_up_correction()
+            self._set_up_noisy_evaluation()
         outer = self._evaluated, self._predicted  # compute_metrics may itself predict
         self._evaluated = [] if self._corrected is not None else None
         asked = self._noise is not None and estimates_clean_accuracy(self.args, metric_key_prefix)
@@ -266,7 +309,9 @@ class HessianRegularizedTrainer(Trainer):
     def _clean_accuracy(self) -> CleanAccuracy:
         assert self._predicted  # what is called only then
         labels, predictions = torch.cat([pairs for pairs, _ in self._predicted]).numpy().T
-        return clean_accuracy(predictions, labels, load_transition(self._noise, self._predicted[0][1]))
+        draws = None if self.noise_estimate is None else transition_draws(self.noise_estimate)
+        transition = load_transition(self._noise, self._predicted[0][1])
+        return clean_accuracy(predictions, labels, transition, transition_samples=draws)
 
     # Checkpoints
 
@@ -284,6 +329,11 @@ class HessianRegularizedTrainer(Trainer):
                     f"No valid checkpoint found in output directory ({self.args.output_dir}): there is none, or each "
                     "was cut off while being written. Start anew with resume_from_checkpoint=None"
                 )
+        if self._estimates_noise and self.noise_estimate is None and isinstance(resume_from_checkpoint, str):
+            # The model may be that of a checkpoint: then its features are no longer those that T came from.
+            written = Path(resume_from_checkpoint).absolute().parent / ESTIMATE_FILE
+            if written.is_file():
+                self.noise_estimate = TransitionEstimate.load(written)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:

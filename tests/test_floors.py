@@ -31,6 +31,7 @@ FLOORS = {
     "checkpoint": 3,
     "data": 3,
     "features": 3,
+    "noise_estimate": 3,
     "metrics": 3,
     "noisy_evaluation": 3,
     "trainer": 4,

@@ -1,0 +1,197 @@
+"""``noise_transition="estimate"``: T from the training set, before the first step, on all processes the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from torch import nn
+
+from hf_robust_ft import (
+    HessianRegularizedTrainer,
+    TransitionEstimate,
+    clean_accuracy,
+    corrupt_dataset,
+    noise_estimate,
+    pair_flip_transition,
+    symmetric_transition,
+)
+from hf_robust_ft.noise_estimate import FILE, transition_draws
+
+T = pair_flip_transition(3, 0.3)
+
+
+def noisy(examples: int = 300, transition: Any = T, seed: int = 0) -> Dataset:
+    """Of which a frozen random encoder tells the classes, as each has its own tokens."""
+    data = tiny.texts(examples, seed)
+
+    def own_tokens(row: dict[str, Any]) -> dict[str, Any]:
+        return {"input_ids": [3 + token % 15 + 15 * row["label"] for token in row["input_ids"]]}
+
+    return corrupt_dataset(data.map(own_tokens), transition, seed).remove_columns("clean_label")
+
+
+def estimating(folder: Path, **changes: Any) -> HessianRegularizedTrainer:
+    return tiny.trainer(folder, **{"noise_transition": "estimate", "train_dataset": noisy(), **changes})
+
+
+def test_training_is_that_with_the_estimated_matrix(tmp_path: Path) -> None:
+    trainer = estimating(tmp_path / "a")
+    assert trainer.noise_estimate is None
+    trainer.train()
+    estimate = trainer.noise_estimate
+    assert estimate is not None
+    assert np.abs(estimate.transition - T).sum(1).max() / 2 < 0.15
+    given = tiny.trainer(tmp_path / "b", noise_transition=estimate.transition, train_dataset=noisy())
+    given.train()
+    tiny.assert_equal_weights(tiny.weights(trainer.model), tiny.weights(given.model))
+    saved = TransitionEstimate.load(tmp_path / "a" / FILE)
+    assert (saved.transition == estimate.transition).all()
+    assert trainer.args.noise_transition == "estimate"
+
+
+def test_it_is_estimated_once_and_from_the_weights_before_training(tmp_path: Path) -> None:
+    trainer = estimating(tmp_path, eval_dataset=noisy(60, seed=1), eval_labels="noisy")
+    before = tiny.weights(trainer.model)
+    metrics = trainer.evaluate()
+    estimate = trainer.noise_estimate
+    assert estimate is not None
+    tiny.assert_equal_weights(tiny.weights(trainer.model), before)
+    trainer.train()
+    assert trainer.noise_estimate is estimate
+    assert metrics["eval_clean_accuracy"] != trainer.evaluate()["eval_clean_accuracy"]
+
+
+def test_clean_accuracy_carries_the_uncertainty_of_the_estimate(tmp_path: Path) -> None:
+    data = noisy(60, seed=1)
+    trainer = estimating(tmp_path, eval_dataset=data, eval_labels="noisy")
+    metrics = trainer.evaluate()
+    estimate = trainer.noise_estimate
+    assert estimate is not None
+    with torch.no_grad():
+        chosen = trainer.model.eval()(input_ids=torch.tensor(data["input_ids"][:])).logits.argmax(-1)
+    draws = transition_draws(estimate)
+    found = clean_accuracy(chosen, data["label"][:], estimate.transition, transition_samples=draws)
+    parts = [metrics[f"eval_clean_accuracy{end}"] for end in ("", "_low", "_high")]
+    assert parts == pytest.approx([found.accuracy, *found.interval])
+
+
+def test_draws_lie_about_the_estimate_on_the_simplex(tmp_path: Path) -> None:
+    trainer = estimating(tmp_path)
+    trainer.evaluate(noisy(30, seed=1))
+    estimate = trainer.noise_estimate
+    assert estimate is not None
+    draws = transition_draws(estimate)
+    assert (draws >= 0).all()
+    np.testing.assert_allclose(draws.sum(-1), 1, rtol=0, atol=1e-12)
+    large = estimate.transition > 3 * estimate.standard_error  # what clipping leaves alone
+    np.testing.assert_allclose(draws.mean(0)[large], estimate.transition[large], rtol=0, atol=0.03)
+
+
+def test_what_has_no_target_is_left_out(tmp_path: Path) -> None:
+    data = noisy()
+    labels = np.array(data["label"][:])
+    kept = np.arange(len(labels)) % 3 > 0
+    masked = data.remove_columns("label").add_column("labels", np.where(kept, labels, -100).tolist())
+    trainer = estimating(tmp_path, train_dataset=masked)
+    trainer.train()
+    assert trainer.noise_estimate is not None
+    assert trainer.noise_estimate.n == kept.sum()
+
+
+def test_a_large_data_set_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise_estimate, "MOST_EXAMPLES", 120)
+    trainer = estimating(tmp_path)
+    trainer.train()
+    assert trainer.noise_estimate is not None
+    assert trainer.noise_estimate.n == 120
+
+
+def test_a_resumed_run_reads_the_estimate_again(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    first = estimating(tmp_path, **settings)
+    first.train()
+    assert first.noise_estimate is not None
+    marked = replace(first.noise_estimate, verdict="read again")
+    marked.save(tmp_path / FILE)
+    again = estimating(tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.noise_estimate is not None
+    assert again.noise_estimate.verdict == "read again"
+    tiny.assert_equal_weights(tiny.weights(again.model), tiny.weights(first.model))
+
+
+@pytest.mark.parametrize("correction", ["none", "gce", "nonnegative_backward"])
+def test_any_loss_goes_with_it(tmp_path: Path, correction: str) -> None:
+    trainer = estimating(tmp_path, loss_correction=correction, eval_dataset=noisy(30, seed=1), eval_labels="noisy")
+    trainer.train()
+    assert (tmp_path / FILE).is_file()
+    assert "eval_clean_accuracy" in trainer.evaluate()
+
+
+def test_labels_that_say_nothing_are_refused_before_training(tmp_path: Path) -> None:
+    useless = noisy(transition=symmetric_transition(3, 0.66))
+    trainer = estimating(tmp_path, train_dataset=useless)
+    before = tiny.weights(trainer.model)
+    with pytest.raises(ValueError, match=r"not identifiable.*loss_correction='gce'"):
+        trainer.train()
+    tiny.assert_equal_weights(tiny.weights(trainer.model), before)
+    assert not TransitionEstimate.load(tmp_path / FILE).identifiable
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    def __iter__(self) -> Any:
+        return iter(noisy(8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_dataset": None}, "needs a train_dataset with a length, but train_dataset is None"),
+        ({"train_dataset": Stream()}, "needs a train_dataset with a length, but Stream has no length"),
+        ({"model": tiny.token_classifier()}, "noise_transition='estimate' is for one class an example.*ForToken"),
+        ({"model": tiny.Mlp(), "train_dataset": tiny.vectors()}, "Mlp has no backbone"),
+        ({"model": tiny.bert(problem_type="regression", num_labels=1)}, "problem_type is 'regression'"),
+    ],
+)
+def test_what_has_no_estimate_is_refused_when_the_trainer_is_made(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        estimating(tmp_path, label_names=["labels"], loss_correction="none", **changes)
+
+
+def test_a_class_without_examples_is_named(tmp_path: Path) -> None:
+    data = noisy().filter(lambda row: row["label"] != 1)
+    with pytest.raises(ValueError, match="noise_transition='estimate': labels hold no example of class 1"):
+        estimating(tmp_path, train_dataset=data).train()
+
+
+def test_a_list_of_examples_serves_as_well(tmp_path: Path) -> None:
+    rows = [{"input_ids": row["input_ids"], "label": row["label"]} for row in noisy()]
+    from_rows, from_dataset = estimating(tmp_path / "a", train_dataset=rows), estimating(tmp_path / "b")
+    from_rows.train()
+    from_dataset.train()
+    assert from_rows.noise_estimate is not None
+    assert from_dataset.noise_estimate is not None
+    np.testing.assert_array_equal(from_rows.noise_estimate.transition, from_dataset.noise_estimate.transition)
+
+
+def test_the_head_and_the_mode_of_the_model_do_not_matter(tmp_path: Path) -> None:
+    model = tiny.bert()
+    other = tiny.bert()
+    other.load_state_dict(model.state_dict())
+    nn.init.normal_(other.classifier.weight)
+    found = []
+    for number, each in enumerate((model.train(), other.eval())):
+        trainer = estimating(tmp_path / str(number), model=each, max_steps=1)
+        trainer.train()
+        assert trainer.noise_estimate is not None
+        found.append(trainer.noise_estimate.transition)
+    np.testing.assert_array_equal(found[0], found[1])

@@ -13,6 +13,8 @@ from typing import Any
 
 import datasets
 import evaluate
+import numpy as np
+import numpy.typing as npt
 
 from hf_robust_ft.clean_accuracy import clean_accuracy
 
@@ -32,25 +34,30 @@ class CleanAccuracyMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate ha
     """See :func:`hf_robust_ft.clean_accuracy` for the estimate, its assumptions and its errors."""
 
     def _info(self) -> evaluate.MetricInfo:
-        integer = datasets.Value("int64")
+        # Not int64: the loader would silently cut soft labels down to integers.
+        number = datasets.Value("float64")
         return evaluate.MetricInfo(
             description="Accuracy and recall on clean labels, with intervals, estimated from noisy labels and their "
             "transition matrix.",
             citation="",
             inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": integer, "references": integer}),
+            features=datasets.Features({"predictions": number, "references": number}),
         )
 
     def _compute(
         self,
-        predictions: list[int],
-        references: list[int],
+        predictions: npt.ArrayLike,
+        references: npt.ArrayLike,
         transition: Any,
         transition_samples: Any = None,
         confidence: float = 0.95,
     ) -> dict[str, float]:
         found = clean_accuracy(
-            predictions, references, transition, transition_samples=transition_samples, confidence=confidence
+            _as_integers(predictions),
+            _as_integers(references),
+            transition,
+            transition_samples=transition_samples,
+            confidence=confidence,
         )
         flat = {
             "clean_accuracy": found.accuracy,
@@ -61,3 +68,10 @@ class CleanAccuracyMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate ha
         for k, (recall, (low, high)) in enumerate(zip(found.recall, found.recall_interval, strict=True)):
             flat |= {f"clean_recall_{k}": recall, f"clean_recall_{k}_low": low, f"clean_recall_{k}_high": high}
         return flat
+
+
+def _as_integers(values: npt.ArrayLike) -> npt.NDArray[Any]:
+    """Class indices as integers again; what are none as it is, for clean_accuracy to refuse."""
+    numbers = np.asarray(values)
+    integers = numbers.astype(np.int64)
+    return integers if (integers == numbers).all() else numbers

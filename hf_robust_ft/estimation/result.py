@@ -105,7 +105,7 @@ class TransitionEstimate:
             f"Noise transition matrix of {len(self.transition)} classes, from {self.n} examples ({self.method})",
             f"  noise rate        {self.noise_rate:.1%}  [{low:.1%}, {high:.1%}]",
             f"  condition number  {self.condition_number:.3g}",
-            f"  class-conditional p = {self.class_conditional_p_value:.3g}, effect size {self.class_conditional_effect:.2f}",
+            f"  class-conditional p = {self.class_conditional_p_value:.3g}, effect {self.class_conditional_effect:.2f}",
             "",
             *(self._table() if len(self.transition) <= PRINTED_CLASSES else self._largest()),
             "",

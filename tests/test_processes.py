@@ -51,8 +51,8 @@ def _results(out: Path, name: str, processes: int) -> list[Any]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
-    _run(out, 1, "gradients", "evaluation", "base")
-    _run(out, 2, "gradients", "evaluation", "head")
+    _run(out, 1, "gradients", "evaluation", "base", "estimate")
+    _run(out, 2, "gradients", "evaluation", "head", "estimate")
     return out
 
 
@@ -118,6 +118,17 @@ def test_a_new_head_is_centred_on_that_of_the_first_process(runs: Path) -> None:
         assert rank["centre"] == "initial"
         assert rank["radius"] == pytest.approx(radius)
         assert rank["distance"] == pytest.approx(distance)
+
+
+def test_two_processes_estimate_what_one_does(runs: Path) -> None:
+    (alone,) = _results(runs, "estimate", 1)
+    first, second = _results(runs, "estimate", 2)
+    assert first == second
+    assert alone["n"] == first["n"] == 151
+    for row, expected in zip(first["transition"], alone["transition"], strict=True):
+        assert row == pytest.approx(expected, abs=1e-4)
+    assert [alone["transition"][i][i] for i in range(3)] == pytest.approx([0.8] * 3, abs=0.2)
+    assert (runs / "estimate-2" / "transition_estimate.json").is_file()
 
 
 def test_fsdp_beside_a_radius_is_refused(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from hf_robust_ft import (
     RobustTrainingArguments,
     backward_corrected,
     clean_accuracy,
+    corrupt_labels,
     cross_entropy,
     forward_corrected,
     symmetric_transition,
@@ -210,6 +211,23 @@ def head(out: Path) -> dict[str, Any]:
     }
 
 
+def estimate(out: Path) -> dict[str, Any]:
+    """T estimated from 151 examples, which two processes can't share evenly; each class has its own tokens."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.arange(151) % CLASSES
+    noisy = corrupt_labels(labels, symmetric_transition(CLASSES, 0.2), 0)
+    data = [
+        {"input_ids": torch.randint(10, (LENGTH,), generator=generator) + 10 * label, "labels": torch.tensor(wrong)}
+        for label, wrong in zip(labels.tolist(), noisy.tolist(), strict=True)
+    ]
+    settings = arguments(out / f"estimate-{PROCESSES}", noise_transition="estimate", max_steps=STEPS)
+    trainer = HessianRegularizedTrainer(build("sequence"), settings, train_dataset=data)
+    trainer.train()
+    found = trainer.noise_estimate
+    assert found is not None
+    return {"transition": found.transition.tolist(), "n": found.n, "weights": flat(trainer.model)}
+
+
 class CountSteps(TrainerCallback):
     def __init__(self) -> None:
         self.steps = 0
@@ -237,7 +255,7 @@ def sharded(out: Path) -> dict[str, Any]:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    functions = {function.__name__: function for function in (gradients, evaluation, base, head, sharded)}
+    functions = {function.__name__: function for function in (gradients, evaluation, base, head, estimate, sharded)}
     for name in sys.argv[3:]:
         result = functions[name](out)
         (out / f"{name}-{PROCESSES}-{RANK}.json").write_text(json.dumps(result))

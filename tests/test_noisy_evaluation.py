@@ -296,7 +296,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (
         tiny.token_classifier,
         {"eval_labels": "noisy", "noise_transition": T},
-        "the model's task is ForTokenClassification: .* of one sequence or image are not",
+        "the model's task is ForTokenClassification, whose targets of one sequence or image are not",
     ),
     (
         None,

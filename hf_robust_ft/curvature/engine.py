@@ -15,8 +15,8 @@ from .directions import Group
 from .loss import ExampleLoss, finite
 from .model import Inputs, Weights, some_examples
 from .products import Products, Use, differentiating_twice, find_use, in_activation_space, in_weight_space
-from .sweep import Direction, passing_all, prepare, separable, sweep, unruled, widest
-from .tape import Tape, Untraceable, record
+from .sweep import Direction, passing_all, prepare, separable, sweep, unruled
+from .tape import Tape, Untraceable, Widest, record
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ Kind = Literal["hessian", "gauss_newton", "hessian_upper", "hessian_psd"]
 
 # Elements of the largest tensor times the directions that travel through it together. On a CPU more falls out of the
 # cache, and less makes matrices small and Python's share large.
-CPU_ELEMENTS = 3_200_000
+CPU_ELEMENTS = 4_000_000
 GPU_SHARE = 0.05
 # That many directions travel together at least; what room is left goes to examples first.
 DIRECTIONS = 8
@@ -340,14 +340,12 @@ class Engine:
         shapes = tuple(value.shape if isinstance(value, Tensor) else None for value in values)
         if shapes in self._widths and (self._cut or batch == 1):
             return self._widths[shapes]
-        try:
-            tape = record(lambda: self.weights.logits(one), self.weights.leaves)
-            alone, self._widths[shapes] = tape.logits, widest(tape, len(self.weights.leaves))
-        except Untraceable:
-            alone, self._widths[shapes] = self.weights.logits(one), 1
+        with torch.no_grad(), Widest(self.weights.leaves) as widest:
+            alone = self.weights.logits(one)
+        self._widths[shapes] = widest.elements
         if not self._cut and batch > 1:
             self._cut = True
-            self._check_cut(inputs, batch, alone.detach())
+            self._check_cut(inputs, batch, alone)
         return self._widths[shapes]
 
     @torch.no_grad()

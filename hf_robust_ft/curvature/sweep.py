@@ -174,19 +174,6 @@ def passing_all(tape: Tape, directions: Sequence[Direction], moving: Sequence[in
     return chosen
 
 
-def widest(tape: Tape, weights: int) -> int:
-    """Elements of the largest tensor that all directions may reach: not those that are a weight, only rearranged."""
-    single = set(range(weights))
-    most = 1
-    for op in tape.ops:
-        tensors = [slot for slot, leaf in zip(op.slots, op.leaves, strict=True) if isinstance(leaf, Tensor)]
-        if single.issuperset(tensors):
-            single.update(slot for slot in op.out_slots if slot is not None)
-        else:
-            most = max([most, *(out.numel() for out in op.outs if isinstance(out, Tensor))])
-    return most
-
-
 def unruled(tape: Tape) -> set[str]:
     """Names of the operations that have no rule of their own."""
     return {str(op.func) for op in tape.ops if rule_of(op) is None}

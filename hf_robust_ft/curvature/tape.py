@@ -129,7 +129,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._hidden: set[int] = set()
         self._count = len(weights)
 
-    def slot_of(self, tensor: Tensor, reader: str) -> int:
+    def slot_of(self, tensor: Tensor, reader: Any) -> int:
         slot = self._slots.get(_region(tensor))
         if slot is None or slot in self._hidden:
             raise Untraceable(
@@ -139,14 +139,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return slot
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Autograd keeps what it needs of a result through a detached view of it.
+        if func is aten.detach.default:
+            return func(*args)
         kwargs = kwargs or {}
         leaves, spec = tree_flatten((args, kwargs))
         slots = [
-            self.slot_of(leaf, str(func)) if isinstance(leaf, Tensor) and leaf.requires_grad else None
-            for leaf in leaves
+            self.slot_of(leaf, func) if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in leaves
         ]
-        # Autograd keeps what it needs of a result through a detached view of it.
-        if func is aten.detach.default or all(slot is None for slot in slots):
+        if all(slot is None for slot in slots):
             return func(*args, **kwargs)
         pure, target = func, _written(func, args)
         if target is not None:
@@ -182,6 +183,26 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _is_viewed(self, tensor: Tensor) -> bool:
         storage, own = tensor.untyped_storage()._cdata, _region(tensor)
         return any(region[0] == storage and region != own for region in self._slots)
+
+
+class Widest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the elements of the largest result that is no view of a weight.
+
+    Args:
+        weights: views of which are as many as there are layers, but travel alone.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = 1
+        self._weights = {weight.untyped_storage()._cdata for weight in weights}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for out in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(out, Tensor) and out.untyped_storage()._cdata not in self._weights:
+                self.elements = max(self.elements, out.numel())
+        return result
 
 
 def _region(tensor: Tensor) -> tuple[Any, ...]:

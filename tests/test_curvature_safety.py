@@ -18,7 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_robust_ft import ReferenceMismatch
 from hf_robust_ft.corrected_loss import CorrectedLoss
 from hf_robust_ft.curvature import NonFiniteLoss, NotTwiceDifferentiable, layer_quadratic_forms
+from hf_robust_ft.curvature.directions import group_layers
 from hf_robust_ft.curvature.engine import Kind
+from hf_robust_ft.curvature.model import Weights, measuring
+from hf_robust_ft.curvature.tape import Widest
 
 GELU = find_case("gelu")
 UNTOUCHED = [
@@ -353,3 +356,27 @@ def test_pictures_may_be_measured_with_any_layout() -> None:
             lanczos_steps=1000,
         )  # fmt: skip
         assert_agree(found.values.T, getattr(expected(case), kind), 1e-8)
+
+
+class Interpolated(nn.Module):
+    """Positions from a large table of weights, fitted to the input, as vision transformers do."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 2, 90, 90), requires_grad=not frozen)
+        self.layer = nn.Linear(18, 3)
+
+    def forward(self, input: Tensor) -> Tensor:
+        positions = nn.functional.interpolate(self.table.clone(), (3, 3), mode="bicubic")
+        return self.layer(torch.tanh(input + positions.flatten(1)))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_chunks_are_fitted_to_activations_and_not_to_weights(frozen: bool) -> None:
+    model = Interpolated(frozen)
+    groups, _ = group_layers(model, "weights")
+    with measuring(model):
+        weights = Weights(model, groups)
+        with torch.no_grad(), Widest(weights.all) as widest:
+            weights.logits({"input": torch.randn(1, 18)})
+    assert widest.elements == 18

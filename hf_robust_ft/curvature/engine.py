@@ -340,7 +340,7 @@ class Engine:
         shapes = tuple(value.shape if isinstance(value, Tensor) else None for value in values)
         if shapes in self._widths and (self._cut or batch == 1):
             return self._widths[shapes]
-        with torch.no_grad(), Widest(self.weights.leaves) as widest:
+        with torch.no_grad(), Widest(self.weights.all) as widest:
             alone = self.weights.logits(one)
         self._widths[shapes] = widest.elements
         if not self._cut and batch > 1:

@@ -113,6 +113,11 @@ class Weights:
         accepted = inspect.signature(model.forward).parameters
         self._extra: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
 
+    @property
+    def all(self) -> list[Tensor]:
+        """Every parameter and buffer of the model, as it is measured."""
+        return list(self._stand_ins.values())
+
     def directions(self, ways: Mapping[str, Tensor]) -> list[dict[int, Tensor]]:
         """For each group the index of its leaves → V."""
         return [{i: ways[self.names[i]].to(self.leaves[i]) for i in members} for members in self.members]

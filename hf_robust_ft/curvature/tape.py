@@ -186,21 +186,25 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Widest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the elements of the largest result that is no view of a weight.
+    """Counts the elements of the largest result that depends on an input.
 
-    Args:
-        weights: views of which are as many as there are layers, but travel alone.
+    What is computed from weights alone, such as positions fitted to another image size, travels along few directions.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.elements = 1
-        self._weights = {weight.untyped_storage()._cdata for weight in weights}
+        # Held, so that no memory is used twice.
+        self._of_weights = {weight.untyped_storage()._cdata: weight for weight in weights}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for out in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(out, Tensor) and out.untyped_storage()._cdata not in self._weights:
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        alone = bool(read) and all(leaf.untyped_storage()._cdata in self._of_weights for leaf in read)
+        for out in tree_leaves(result):
+            if isinstance(out, Tensor) and alone:
+                self._of_weights[out.untyped_storage()._cdata] = out
+            elif isinstance(out, Tensor):
                 self.elements = max(self.elements, out.numel())
         return result
 

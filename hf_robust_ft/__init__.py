@@ -31,11 +31,14 @@ from .noise import (
 )
 from .reference import ReferenceMismatch, layer_distances
 from .trainer import HessianRegularizedTrainer
+from .weak_labels import ABSTAIN, FunctionSummary, VoteSummary, majority_vote, vote_summary
 
 __all__ = [
+    "ABSTAIN",
     "ConstraintRow",
     "ConstraintTable",
     "CorrectedLoss",
+    "FunctionSummary",
     "HessianRegularizedTrainer",
     "HessianReport",
     "InverseTransition",
@@ -46,6 +49,7 @@ __all__ = [
     "QuadraticForms",
     "ReferenceMismatch",
     "RobustTrainingArguments",
+    "VoteSummary",
     "backward_corrected",
     "corrupt_dataset",
     "corrupt_labels",
@@ -57,6 +61,7 @@ __all__ = [
     "layer_distances",
     "layer_quadratic_forms",
     "load_transition",
+    "majority_vote",
     "measure_hessian",
     "noise_stability",
     "pair_flip_transition",
@@ -64,4 +69,5 @@ __all__ = [
     "symmetric_transition",
     "top_eigenpairs",
     "validate_transition",
+    "vote_summary",
 ]

@@ -18,6 +18,7 @@ FLOORS = {
     "noise": 1,
     "losses": 1,
     "projection": 1,
+    "weak_labels": 1,
     "layers": 2,
     "reference": 2,
     "constraints": 2,

@@ -182,9 +182,12 @@ def classification_head(names: list[str]) -> dict[str, Any]:
     }
 
 
-def compare(task: Task, recipe: RunArguments, arguments: RobustTrainingArguments) -> list[Run]:
-    """Train with each seed and method; save and print what came of it."""
-    settings = asdict(recipe) | {name: getattr(arguments, name) for name in REPORTED}
+def compare(task: Task, recipe: RunArguments, arguments: RobustTrainingArguments, **also: Any) -> list[Run]:
+    """Train with each seed and method; save and print what came of it.
+
+    What is given as ``also`` goes into results.json beside the settings.
+    """
+    settings = asdict(recipe) | {name: getattr(arguments, name) for name in REPORTED} | also
     runs: list[Run] = []
     for seed in recipe.seeds:
         for method in recipe.methods:

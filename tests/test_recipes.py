@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,17 @@ def test_text_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
         "--text_columns", "sentence", fails=True,
     )  # fmt: skip
     assert "text_columns is ['sentence']; name one or two of the columns ['sentence1', 'sentence2'" in complaint
+
+
+def test_a_machine_without_model_and_data_is_told_what_to_name(tmp_path: Path) -> None:
+    # A copy elsewhere finds neither beside itself.
+    copied = tmp_path / "checkout" / "recipes"
+    shutil.copytree(RECIPES, copied, ignore=shutil.ignore_patterns("__pycache__", "outputs"))
+    assert "no data was named" in run(str(copied / "text_noisy.py"), tmp_path, fails=True)
+    pairs([0, 1] * 8).to_parquet(tmp_path / "train.parquet")
+    complaint = run(str(copied / "text_noisy.py"), tmp_path, "--train_file", "train.parquet", fails=True)
+    assert "no model was named" in complaint
+    assert "fetch_models.py --out .assets/models" in complaint
 
 
 @pytest.mark.real

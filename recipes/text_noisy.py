@@ -69,7 +69,7 @@ DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 64,
     "learning_rate": 1e-4,
     # The transformer's blocks. What pools their outputs is hardly pretrained in most models, and stays free.
-    "layer_radius": '{"*layer*": 0.01}',
+    "layer_radius": '{"*layer*": 0.02}',
     "radius_mode": "relative",
 }
 

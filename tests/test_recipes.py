@@ -191,7 +191,7 @@ def test_text_with_noisy_labels_by_default(tmp_path: Path) -> None:
     )
     found = results(tmp_path / "outputs" / "text_noisy")
     assert [one["method"] for one in found["runs"]] == ["plain", "robust"]
-    assert found["settings"]["layer_radius"] == {"*layer*": 0.01}
+    assert found["settings"]["layer_radius"] == {"*layer*": 0.02}
     assert "robust, seed 0: 64 training examples, 36 layers constrained" in text
 
 

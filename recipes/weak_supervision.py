@@ -9,8 +9,8 @@ clean labels of the training data are used to print how good rules and labels ar
     accelerate launch recipes/weak_supervision.py --noise_transition T.json
 
 for T: the true one of these votes, counted against the clean labels. That is an oracle, for comparison; nobody who
-needs weak labels has it. Either way T is that of the examples that get a label, and only an approximation: the errors of
-rules depend on the text, not on the class alone. Methods, models and settings are those of text_noisy.py.
+needs weak labels has it. Either way T is that of the examples that get a label, and only an approximation: the errors
+of rules depend on the text, not on the class alone. Methods, models and settings are those of text_noisy.py.
 """
 
 from __future__ import annotations

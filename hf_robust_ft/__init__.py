@@ -48,14 +48,17 @@ from .noise import (
 )
 from .reference import ReferenceMismatch, layer_distances
 from .trainer import HessianRegularizedTrainer
+from .weak_labels import ABSTAIN, FunctionSummary, VoteSummary, majority_vote, vote_summary
 
 __all__ = [
+    "ABSTAIN",
     "CLEAN_ACCURACY_METRIC",
     "CleanAccuracy",
     "ConstraintRow",
     "ConstraintTable",
     "CorrectedLoss",
     "CrossFit",
+    "FunctionSummary",
     "HessianRegularizedTrainer",
     "HessianReport",
     "InverseTransition",
@@ -67,6 +70,7 @@ __all__ = [
     "ReferenceMismatch",
     "RobustTrainingArguments",
     "TransitionEstimate",
+    "VoteSummary",
     "backward_corrected",
     "clean_accuracy",
     "confident_joint_transition",
@@ -85,6 +89,7 @@ __all__ = [
     "layer_distances",
     "layer_quadratic_forms",
     "load_transition",
+    "majority_vote",
     "measure_hessian",
     "noise_stability",
     "nonnegative_backward",
@@ -94,4 +99,5 @@ __all__ = [
     "top_eigenpairs",
     "trusted_transition",
     "validate_transition",
+    "vote_summary",
 ]

@@ -15,7 +15,7 @@ import torch
 from matplotlib import pyplot
 
 # Okabe and Ito's colours: told apart by colour-blind readers, on light and on dark paper.
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7")
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ FLOORS = {
     "losses": 1,
     "projection": 1,
     "estimation": 1,
+    "weak_labels": 1,
     "layers": 2,
     "reference": 2,
     "constraints": 2,

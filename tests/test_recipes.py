@@ -5,26 +5,38 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import evaluate
+import numpy as np
 import pytest
+import tiny
+from datasets import ClassLabel, Dataset, Features, Value
 from sklearn.datasets import load_digits
+from transformers import BertTokenizerFast
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+DATA = ROOT.parent / "shared" / "data" / "wordnet-supersense"
+real = pytest.mark.skipif(
+    not (ROOT / ".assets" / "models" / "minilm-l6").is_dir() or not DATA.is_dir(),
+    reason="needs ../shared/data, and in .assets/models what ../shared/assets/fetch_models.py lays out",
+)
 
 pytestmark = pytest.mark.slow
 
 
-def run(script: str, folder: Path, *words: str, launch: bool = False) -> str:
+def run(script: str, folder: Path, *words: str, launch: bool = False, fails: bool = False) -> str:
+    """What the recipe prints; with ``fails``, the end of what it complains about."""
     start = [sys.executable, "-m", "accelerate.commands.launch"] if launch else [sys.executable]
     command = [*start, str(RECIPES / script), *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done.stderr[-3000:] if fails else done.stdout
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -43,6 +55,36 @@ def digits(folder: Path, count: int = 60) -> list[tuple[str, int]]:
         Image.fromarray((pixels * 15).astype("uint8")).save(path)
         rows.append((str(path), int(label)))
     return rows
+
+
+WORDS = {
+    "animal": ["a small bird with a red tail", "a large fish of the sea", "a wild cat of the woods"],
+    "food": ["a sweet cake with cream", "a soup made of fish", "a bread baked with butter"],
+}
+
+
+def bert(folder: Path) -> str:
+    """A tiny random BERT whose tokenizer knows the words above."""
+    words = sorted({word for lines in WORDS.values() for line in lines for word in line.split()})
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    tiny.bert(num_labels=2).base_model.save_pretrained(folder)
+    return str(folder)
+
+
+def pairs(label: list[int]) -> Dataset:
+    """A pair of texts, a label and a number, as GLUE's MRPC has them."""
+    lines = [line for texts in WORDS.values() for line in texts]
+    columns = {
+        "sentence1": [lines[i % 6] for i in range(len(label))],
+        "sentence2": [lines[i * 5 % 6] for i in range(len(label))],
+        "label": label,
+        "idx": list(range(len(label))),
+    }
+    classes = ClassLabel(names=["not_equivalent", "equivalent"])
+    kinds = {"sentence1": Value("string"), "sentence2": Value("string"), "label": classes, "idx": Value("int32")}
+    return Dataset.from_dict(columns, features=Features(kinds))
 
 
 def test_the_default_compares_plain_and_robust(tmp_path: Path) -> None:
@@ -84,6 +126,103 @@ def test_a_csv_of_file_names_with_labels_as_words(tmp_path: Path) -> None:
         "--output_dir", "out",
     )  # fmt: skip
     assert len(results(tmp_path / "out")["runs"]) == 1
+
+
+def test_a_csv_of_texts_with_labels_as_words(tmp_path: Path) -> None:
+    with open(tmp_path / "train.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "kind"])
+        writer.writerows((line, kind) for kind, lines in WORDS.items() for line in lines * 4)
+    text = run(
+        "text_noisy.py", tmp_path, "--model_name_or_path", bert(tmp_path / "bert"), "--train_file", "train.csv",
+        "--label_column", "kind", "--methods", "plain", "forward", "projection", "robust", "--noise_rate", "0.2",
+        "--num_train_epochs", "2", "--freeze_embeddings", "--max_length", "5",
+    )  # fmt: skip
+    found = results(tmp_path / "outputs" / "text_noisy")
+    assert [one["method"] for one in found["runs"]] == ["plain", "forward", "projection", "robust"]
+    assert all(len(one["accuracy"]) == 2 for one in found["runs"])
+    assert not any("word_embeddings" in name for name in found["runs"][0]["distances"])
+    assert re.search(r"robust, seed 0: 19 training examples, 12 layers constrained", text)
+
+
+def test_pairs_of_texts_as_glue_has_them(tmp_path: Path) -> None:
+    pairs([0, 1] * 8).to_parquet(tmp_path / "train.parquet")
+    pairs([0, 1] * 4).to_parquet(tmp_path / "validation.parquet")
+    pairs([-1] * 8).to_parquet(tmp_path / "test.parquet")
+    words = [
+        "--model_name_or_path",
+        bert(tmp_path / "bert"),
+        "--train_file",
+        "train.parquet",
+        "--num_train_epochs",
+        "1",
+    ]
+    run("text_noisy.py", tmp_path, *words, "--validation_file", "validation.parquet", "--output_dir", "out")
+    assert [one["method"] for one in results(tmp_path / "out")["runs"]] == ["plain", "robust"]
+    complaint = run("text_noisy.py", tmp_path, *words, "--validation_file", "test.parquet", fails=True)
+    assert "holds the label -1, so its labels are withheld" in complaint
+
+
+def test_text_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
+    pairs([0, 1] * 8).to_parquet(tmp_path / "train.parquet")
+    complaint = run(
+        "text_noisy.py", tmp_path, "--model_name_or_path", bert(tmp_path / "bert"), "--train_file", "train.parquet",
+        "--text_columns", "sentence", fails=True,
+    )  # fmt: skip
+    assert "text_columns is ['sentence']; name one or two of the columns ['sentence1', 'sentence2'" in complaint
+
+
+def test_a_machine_without_model_and_data_is_told_what_to_name(tmp_path: Path) -> None:
+    # A copy elsewhere finds neither beside itself.
+    copied = tmp_path / "checkout" / "recipes"
+    shutil.copytree(RECIPES, copied, ignore=shutil.ignore_patterns("__pycache__", "outputs"))
+    assert "no data was named" in run(str(copied / "text_noisy.py"), tmp_path, fails=True)
+    pairs([0, 1] * 8).to_parquet(tmp_path / "train.parquet")
+    complaint = run(str(copied / "text_noisy.py"), tmp_path, "--train_file", "train.parquet", fails=True)
+    assert "no model was named" in complaint
+    assert "fetch_models.py --out .assets/models" in complaint
+
+
+@pytest.mark.real
+@real
+def test_text_with_noisy_labels_by_default(tmp_path: Path) -> None:
+    text = run(
+        "text_noisy.py", tmp_path, "--max_train_samples", "64", "--max_test_samples", "64", "--num_train_epochs", "1"
+    )
+    found = results(tmp_path / "outputs" / "text_noisy")
+    assert [one["method"] for one in found["runs"]] == ["plain", "robust"]
+    assert found["settings"]["layer_radius"] == {"*layer*": 0.02}
+    assert "robust, seed 0: 64 training examples, 36 layers constrained" in text
+
+
+@pytest.mark.real
+@real
+def test_weak_supervision_by_default(tmp_path: Path) -> None:
+    text = run(
+        "weak_supervision.py", tmp_path, "--max_train_samples", "400", "--max_test_samples", "64",
+        "--num_train_epochs", "1", "--methods", "robust",
+    )  # fmt: skip
+    settings = results(tmp_path / "outputs" / "weak_supervision")["settings"]
+    assert 0.5 < settings["weak_labels"]["coverage"] < 0.8
+    assert 0.6 < settings["weak_labels"]["accuracy"] < 0.9
+    np.testing.assert_allclose(np.sum(settings["noise_transition"], axis=1), 1)
+    kept = round(settings["weak_labels"]["coverage"] * 400)
+    assert f"robust, seed 0: {kept} training examples, 36 layers constrained" in text
+    assert re.search(r"food_drinks +5 +\d", text)
+
+
+def test_rules_vote_where_their_words_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    from supersense_rules import NAMES, PATTERNS, vote
+
+    classes = sorted(PATTERNS)
+    votes = vote(["a small BIRD of prey", "birdlike", "someone who shirks duty"], classes)
+    assert votes.shape == (3, len(NAMES))
+    assert votes[0, NAMES.index("animal_kinds")] == classes.index("animal")
+    assert (votes[1] == -1).all()
+    assert votes[2, NAMES.index("person_opening")] == classes.index("person")
+    with pytest.raises(ValueError, match=r"the rules vote for \['animal'\], but the classes are"):
+        vote(["a bird"], [name for name in classes if name != "animal"])
 
 
 def test_the_benchmark_of_a_step(tmp_path: Path) -> None:

@@ -190,6 +190,14 @@ def test_shrinking_changes_nothing_without_error_and_everything_without_differen
     np.testing.assert_allclose(np.diag(shrink(T3, np.ones((3, 3)))), np.diag(T3), err_msg="three entries are too few")
 
 
+def test_no_entry_shrinks_further_than_its_error_explains() -> None:
+    truth = symmetric_transition(10, 0.3)
+    truth[2, 2], truth[2, 7] = 0.3, truth[2, 7] + 0.4
+    found = shrink(truth, np.full((10, 10), 0.01))
+    assert np.abs(found - truth)[2, [2, 7]].max() < 0.02
+    assert np.abs(shrink(truth, np.full((10, 10), 10.0)) - truth)[2, 7] > 0.3
+
+
 def test_regions_halve_every_class_along_its_leading_component() -> None:
     rng = np.random.default_rng(0)
     predicted = np.repeat([0, 1], 50)

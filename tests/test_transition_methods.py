@@ -194,7 +194,7 @@ def test_no_entry_shrinks_further_than_its_error_explains() -> None:
     truth = symmetric_transition(10, 0.3)
     truth[2, 2], truth[2, 7] = 0.3, truth[2, 7] + 0.4
     found = shrink(truth, np.full((10, 10), 0.01))
-    assert np.abs(found - truth)[2, [2, 7]].max() < 0.02
+    assert np.abs(found - truth)[2, [2, 7]].max() < 0.03
     assert np.abs(shrink(truth, np.full((10, 10), 10.0)) - truth)[2, 7] > 0.3
 
 

@@ -6,7 +6,6 @@ import numpy as np
 
 from ..noise import Matrix
 
-
 # Of 0, 0.5, 1, 1.5, 2 and infinity: on real features with 1,000 examples, 1 gives away a fifth of the gain under
 # symmetric noise, and infinity makes 95 % intervals cover 82 % under noise without structure (90 % at 1.5).
 MAX_MOVE = 1.5
@@ -21,7 +20,7 @@ def shrink(transition: Matrix, error: Matrix) -> Matrix:
     classes), and near 0 where they differ for real (pair flips). It takes at least four entries a group to lower the
     risk, so below K = 4 the diagonal stays.
 
-    No entry moves by more than 1.5 of its own standard errors (limited translation, Efron & Morris 1972): a pair of
+    Before rows are made to sum to 1 again, no entry moves by more than 1.5 of its own standard errors (limited translation, Efron & Morris 1972): a pair of
     classes that is confused far more than others keeps that, and intervals around the result keep their coverage.
 
     Args:

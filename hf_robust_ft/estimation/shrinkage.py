@@ -20,8 +20,9 @@ def shrink(transition: Matrix, error: Matrix) -> Matrix:
     classes), and near 0 where they differ for real (pair flips). It takes at least four entries a group to lower the
     risk, so below K = 4 the diagonal stays.
 
-    Before rows are made to sum to 1 again, no entry moves by more than 1.5 of its own standard errors (limited translation, Efron & Morris 1972): a pair of
-    classes that is confused far more than others keeps that, and intervals around the result keep their coverage.
+    Before rows are made to sum to 1 again, no entry moves by more than 1.5 of its own standard errors (limited
+    translation, Efron & Morris 1972): a pair of classes that is confused far more than others keeps that, and intervals
+    around the result keep their coverage.
 
     Args:
         transition: [K, K], rows sum to 1.

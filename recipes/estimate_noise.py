@@ -30,7 +30,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from hf_robust_ft import corrupt_labels, estimate_transition, pair_flip_transition, symmetric_transition
 
 TASKS = {"fashion-mnist": ("dinov2-small", "image"), "wordnet-supersense": ("minilm-l6", "text")}
-NOISES = ("none", "symmetric-0.2", "symmetric-0.4", "pair_flip-0.4", "instance-0.2", "instance-0.4")
+NOISES = ("none", "symmetric-0.2", "symmetric-0.4", "pair_flip-0.4", "uneven-0.4", "instance-0.2", "instance-0.4")
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def measure(
     x, y = features[chosen], labels[chosen]
     num_classes = int(labels.max()) + 1
     kind, _, rate = noise.partition("-")
-    make = pair_flip_transition if kind == "pair_flip" else symmetric_transition
+    make = {"pair_flip": pair_flip_transition, "uneven": uneven_transition}.get(kind, symmetric_transition)
     truth = make(num_classes, float(rate or 0))
     noisy = instance_dependent(x, y, float(rate), seed) if kind == "instance" else corrupt_labels(y, truth, seed)
     trusted = None
@@ -106,6 +106,16 @@ def measure(
         "seconds": seconds,
         "verdict": found.verdict,
     }
+
+
+def uneven_transition(num_classes: int, rate: float) -> np.ndarray:
+    """No structure at all: rates from half to one and a half times ``rate``, wrong labels spread at random."""
+    rng = np.random.default_rng(0)
+    rates = rng.permutation(np.linspace(0.5, 1.5, num_classes)) * rate
+    wrong = rng.dirichlet(0.5 * np.ones(num_classes - 1), num_classes)
+    truth = np.zeros((num_classes, num_classes))
+    truth[~np.eye(num_classes, dtype=bool)] = (wrong * rates[:, None]).ravel()
+    return truth + np.diag(1 - rates)
 
 
 def instance_dependent(features: np.ndarray, labels: np.ndarray, rate: float, seed: int) -> np.ndarray:

@@ -14,10 +14,16 @@ ANCHOR_QUANTILE = 0.97
 
 
 def dual_t_transition(probabilities: npt.ArrayLike, labels: npt.ArrayLike) -> Matrix:
-    """Dual-T: ``T = T♣ T♠`` through an intermediate class Y' whose posterior *is* the head's, equations 2 and 3.
+    """Dual-T: ``T = T♣ T♠`` through an intermediate class Y' whose posterior *is* the head's.
 
     ``T♣[i, l] = P(Y' = l | Y = i)`` is read off at an anchor example of i, without estimation error by construction of
     Y'. ``T♠[l, j] = P(ỹ = j | Y' = l)`` is a frequency: of label j among the examples that the head predicts as l.
+
+    It is made for a network that is surer than it should be. Where the head predicts the true class with probability
+    near 1, T♣ is the identity and T♠ is T. The better calibrated the head, the more of T the anchors hold already,
+    which the counts then apply once more: on classes that are told apart exactly, calibrated probabilities give ``T²``.
+    So on out-of-fold probabilities expect too much noise. It is here for comparison, and as a start for the joint
+    likelihood.
 
     Args:
         probabilities: [n, K], out-of-fold ``P(ỹ | x)``.

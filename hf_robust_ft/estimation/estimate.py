@@ -62,7 +62,8 @@ def estimate_transition(
         - ``"joint"``: maximum likelihood of head and T (:func:`joint_transition`), climbed from the two below, then
           shrunk as far as its sampling error allows (:func:`shrink`). The most accurate one here.
         - ``"confident_joint"``: by counting, through cleanlab.
-        - ``"dual_t"``: Yao et al. 2020.
+        - ``"dual_t"``: Yao et al. 2020; with calibrated probabilities it finds too much noise
+          (:func:`dual_t_transition`).
         - ``"trusted"``: gold loss correction, from ``trusted`` examples that the features' labels don't include.
 
     What the bootstrap covers: for ``"joint"`` it is parametric. Labels are drawn anew from the fitted ``p(x) T``, and

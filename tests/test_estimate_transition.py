@@ -1,0 +1,231 @@
+"""The public estimate: what it finds, how sure it says to be, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mixture import mixture, row_tv
+
+from hf_robust_ft import (
+    TransitionEstimate,
+    corrupt_labels,
+    estimate_transition,
+    pair_flip_transition,
+    symmetric_transition,
+)
+from hf_robust_ft.estimation.verdict import write_verdict
+
+T3 = np.array([[0.7, 0.2, 0.1], [0.05, 0.8, 0.15], [0.3, 0.1, 0.6]])
+
+
+@pytest.fixture(scope="module")
+def estimate() -> TransitionEstimate:
+    x, y, _ = mixture(2000)
+    return estimate_transition(x, corrupt_labels(y, T3, 1), bootstrap=20)
+
+
+@pytest.mark.parametrize("method", ["joint", "confident_joint", "dual_t", "trusted"])
+@pytest.mark.parametrize("truth", [T3, symmetric_transition(3, 0.3), pair_flip_transition(3, 0.3)])
+def test_every_method_finds_the_noise(method: str, truth: np.ndarray) -> None:
+    x, y, _ = mixture(3000, distance=4)
+    trusted = (x[:150], y[:150]) if method == "trusted" else None
+    found = estimate_transition(
+        x[150:], corrupt_labels(y[150:], truth, 1), method=method, trusted=trusted, bootstrap=10
+    )
+    assert row_tv(found.transition, truth) < {"joint": 0.04, "dual_t": 0.16}.get(method, 0.1)
+    assert found.method == method
+    np.testing.assert_allclose(found.transition.sum(axis=1), 1)
+    np.testing.assert_allclose(found.clean_prior, 1 / 3, atol=0.06)
+    assert found.noise_rate == pytest.approx((1 - np.diag(truth)).mean(), abs=0.16 if method == "dual_t" else 0.08)
+
+
+def test_clean_labels_give_nearly_the_identity_and_say_so() -> None:
+    x, y, _ = mixture(3000)
+    found = estimate_transition(x, y, bootstrap=10)
+    np.testing.assert_allclose(found.transition, np.eye(3), atol=0.02)
+    assert found.verdict.startswith("Little or no noise")
+    assert "can be inverted" in found.verdict
+    assert found.identifiable
+
+
+def test_an_estimate_carries_what_it_takes_to_judge_it(estimate: TransitionEstimate) -> None:
+    assert estimate.interval.shape == (3, 3, 2)
+    assert (estimate.interval[..., 0] <= estimate.transition).all()
+    assert (estimate.transition <= estimate.interval[..., 1]).all()
+    assert estimate.standard_error.min() > 0
+    assert estimate.noise_rate_interval[0] < estimate.noise_rate < estimate.noise_rate_interval[1]
+    assert estimate.noise_rate == pytest.approx(1 - estimate.clean_prior @ np.diag(estimate.transition))
+    assert estimate.condition_number == pytest.approx(np.linalg.cond(estimate.transition))
+    assert estimate.smallest_singular_value == pytest.approx(np.linalg.svd(estimate.transition)[1][-1])
+    assert estimate.counts.sum() == estimate.n == 2000
+    assert (estimate.effective_counts < 2000 * estimate.clean_prior).all()
+    assert (estimate.bootstrap, estimate.folds, estimate.seed) == (20, 5, 0)
+    assert estimate.verdict.startswith("There is noise")
+
+
+def test_the_same_seed_gives_the_same_estimate(estimate: TransitionEstimate) -> None:
+    x, y, _ = mixture(2000)
+    noisy = corrupt_labels(y, T3, 1)
+    again = estimate_transition(x.tolist(), noisy.tolist(), num_classes=3, bootstrap=20)
+    np.testing.assert_array_equal(again.transition, estimate.transition)
+    np.testing.assert_array_equal(again.interval, estimate.interval)
+    other = estimate_transition(x, noisy, bootstrap=20, seed=1)
+    assert (other.transition != estimate.transition).any()
+
+
+def test_an_estimate_survives_a_file(estimate: TransitionEstimate, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "noise.json"
+    estimate.save(path)
+    again = TransitionEstimate.load(path)
+    for name, value in vars(estimate).items():
+        np.testing.assert_array_equal(getattr(again, name), value)
+        assert type(getattr(again, name)) is type(value)
+    assert [p.name for p in path.parent.iterdir()] == ["noise.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "holds no transition estimate"), ('{"format": "x"}', "holds no transition estimate")],
+)
+def test_another_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "noise.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        TransitionEstimate.load(path)
+
+
+def test_a_file_of_an_estimate_is_plain_json(estimate: TransitionEstimate, tmp_path: Path) -> None:
+    estimate.save(tmp_path / "noise.json")
+    content = json.loads((tmp_path / "noise.json").read_text())
+    assert np.shape(content["transition"]) == (3, 3)
+    assert content["format"] == "hf_robust_ft.TransitionEstimate/1"
+
+
+def test_an_estimate_reads_well(estimate: TransitionEstimate) -> None:
+    text = str(estimate)
+    assert "Noise transition matrix of 3 classes, from 2000 examples (joint)" in text
+    assert re.search(r"noise rate +\d+\.\d% +\[\d+\.\d%, \d+\.\d%\]", text)
+    assert estimate.verdict in text
+    assert max(map(len, text.splitlines()[:-1])) < 100
+
+
+def test_many_classes_are_summed_up() -> None:
+    x, y, _ = mixture(1500, num_classes=15, dimensions=20, distance=6)
+    truth = pair_flip_transition(15, 0.3)
+    found = estimate_transition(x, corrupt_labels(y, truth, 0), bootstrap=10)
+    assert row_tv(found.transition, truth) < 0.1
+    lines = str(found).split("most frequent mistakes")[1].splitlines()[1:11]
+    pairs = [tuple(map(int, re.findall(r"(\d+) -> (\d+)", line)[0])) for line in lines]
+    assert all(j == (i + 1) % 15 for i, j in pairs)
+
+
+def test_classes_of_a_few_examples_are_estimated_and_named() -> None:
+    x, y, _ = mixture(900, num_classes=4, distance=5)
+    kept = (y != 3) | (np.cumsum(y == 3) <= 3)
+    found = estimate_transition(x[kept], y[kept], bootstrap=10)
+    assert np.isfinite(found.transition).all()
+    assert "Few sure examples of class 3" in found.verdict
+
+
+def test_chance_is_not_identifiable() -> None:
+    x, y, _ = mixture(1500)
+    found = estimate_transition(x, corrupt_labels(y, symmetric_transition(3, 2 / 3), 0), bootstrap=20)
+    assert not found.identifiable
+    assert found.singular_value_interval[0] == 0
+    assert "not identifiable" in found.verdict
+
+
+def test_intervals_cover_the_truth() -> None:
+    """95 % intervals for all entries, the diagonal and the rate, over 30 simulated data sets."""
+    covered, of_rate = [], []
+    for seed in range(30):
+        x, y, _ = mixture(1000, seed=seed)
+        noisy = corrupt_labels(y, T3, 1000 + seed)
+        found = estimate_transition(x, noisy, bootstrap=20, seed=seed)
+        covered.append((found.interval[..., 0] <= T3) & (found.interval[..., 1] >= T3))
+        of_rate.append(found.noise_rate_interval[0] <= (noisy != y).mean() <= found.noise_rate_interval[1])
+    share = np.mean(covered, axis=0)
+    assert share.mean() > 0.88, share
+    assert np.mean(of_rate) > 0.85
+
+
+def instance_dependent(x: np.ndarray, y: np.ndarray, seed: int) -> np.ndarray:
+    """Symmetric noise of 5 % on one side of the leading component within classes, 45 % on the other."""
+    rng = np.random.default_rng(seed)
+    flipped = rng.random(len(y)) < np.where(x[:, -1] > 0, 0.45, 0.05)
+    return np.where(flipped, (y + rng.integers(1, 3, len(y))) % 3, y)
+
+
+def test_the_class_conditional_test_keeps_its_level_and_has_power() -> None:
+    null, power = [], []
+    for seed in range(20):
+        x, y, _ = mixture(800, seed=seed)
+        x[:, -1] *= 2
+        conditional = estimate_transition(x, corrupt_labels(y, symmetric_transition(3, 0.25), seed), bootstrap=19)
+        null.append(conditional.class_conditional_p_value)
+        if seed < 8:
+            found = estimate_transition(x, instance_dependent(x, y, seed), bootstrap=19)
+            power.append(found.class_conditional_p_value)
+    # Of 20 at a level of 5 %, four or more are rejected with probability 1.6 %.
+    assert np.sum(np.array(null) <= 0.05) <= 3
+    assert np.mean(null) > 0.3
+    assert np.mean(np.array(power) <= 0.05) >= 0.75
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    x, y, _ = mixture(60)
+    return {"features": x, "labels": y, "bootstrap": 10} | changes
+
+
+X, Y, _ = mixture(60)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": np.eye(3)[Y]}, r"labels have shape \(60, 3\), which looks like soft or multi-label targets"),
+        ({"labels": Y.astype(float)}, "labels have dtype float64; class labels are integers"),
+        ({"labels": Y - 1}, r"label -1 lies outside 0\.\.1"),
+        ({"labels": Y, "num_classes": 2}, r"label 2 lies outside 0\.\.1"),
+        ({"labels": Y[:50]}, "there are 50 labels for 60 rows of features"),
+        ({"labels": np.zeros(60, dtype=int)}, "num_classes is 1; a transition matrix needs at least 2 classes"),
+        ({"features": X[:0], "labels": Y[:0]}, "labels are empty"),
+        ({"num_classes": 5}, r"labels hold no example of class 3, 4 \(of 5\).*add examples of them, or drop"),
+        ({"features": np.where(X[4, 2] == X, np.nan, X)}, r"features\[4, 2\] is nan; features must be finite"),
+        ({"features": X[:, 0]}, r"features have shape \(60,\); give one row an example"),
+        ({"features": [["a"]] * 60}, "features are not a matrix of numbers"),
+        ({"method": "magic"}, "method is 'magic'; choose one of joint, confident_joint, dual_t, trusted"),
+        ({"bootstrap": 5}, "bootstrap is 5; standard errors need at least 10 replicates"),
+        ({"folds": 1}, "folds is 1"),
+        ({"method": "trusted"}, r"method='trusted' needs trusted=\(features, clean labels\)"),
+        ({"trusted": (X, Y)}, "trusted examples are given, but method='joint' does not use them"),
+        (
+            {"method": "trusted", "trusted": (X[Y < 2], Y[Y < 2])},
+            r"trusted labels hold no example of class 2 \(of 3\)",
+        ),
+        ({"method": "trusted", "trusted": (X[:, :2], Y)}, "new_features have 2 dimensions, but features have 6"),
+        ({"method": "trusted", "trusted": (X, Y[:9])}, "there are 9 trusted labels for 60 rows of features"),
+    ],
+)
+def test_what_cannot_be_estimated_from_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        estimate_transition(**arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("rate", "interval", "p_value", "effect", "expected"),
+    [
+        (0.01, (0.0, 0.02), 0.5, 0.0, "Little or no noise: an estimated 1% of the labels are wrong"),
+        (0.08, (0.0, 0.16), 0.5, 0.0, "Perhaps noise: an estimated 8%"),
+        (0.4, (0.37, 0.43), 0.5, 0.0, "There is noise: an estimated 40% of the labels are wrong (95 % interval 37% to"),
+        (0.4, (0.37, 0.43), 0.02, 0.2, "The noise depends on more than the class (p = 0.02, effect size 0.20)"),
+        (0.4, (0.37, 0.43), 0.02, 0.05, "no sign that the noise depends on more than the class"),
+    ],
+)
+def test_the_verdict(rate: float, interval: tuple[float, float], p_value: float, effect: float, expected: str) -> None:
+    assert expected in write_verdict(rate, interval, (0.3, 0.5), np.full(3, 100.0), p_value, effect)

@@ -1,0 +1,231 @@
+"""Each way to estimate T, against closed forms and mixtures with a known posterior."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from mixture import draw, mixture, row_tv
+from scipy.optimize import approx_fprime
+
+from hf_robust_ft import (
+    confident_joint_transition,
+    corrupt_labels,
+    crossfit,
+    dual_t_transition,
+    pair_flip_transition,
+    symmetric_transition,
+    trusted_transition,
+)
+from hf_robust_ft.estimation.class_conditional import (
+    dependence_statistic,
+    effect_size,
+    regions,
+    simulated_p_value,
+)
+from hf_robust_ft.estimation.crossfit import RIDGE_GRID, stratified_folds
+from hf_robust_ft.estimation.joint_likelihood import head_for, joint_transition, negative_log_posterior
+from hf_robust_ft.estimation.shrinkage import shrink
+
+T3 = np.array([[0.7, 0.2, 0.1], [0.05, 0.8, 0.15], [0.3, 0.1, 0.6]])
+
+
+def test_folds_deal_every_class_evenly() -> None:
+    labels = np.repeat(np.arange(4), [17, 5, 3, 1])
+    fold = stratified_folds(labels, 5, seed=0)
+    assert np.ptp(np.bincount(fold, minlength=5)) <= 1
+    for c in range(4):
+        assert np.ptp(np.bincount(fold[labels == c], minlength=5)) <= 1
+    assert (fold == stratified_folds(labels, 5, seed=0)).all()
+    assert (fold != stratified_folds(labels, 5, seed=1)).any()
+
+
+@pytest.mark.parametrize(("folds", "message"), [(1, "folds is 1; .* at least 2"), (9, "8 examples for 9 folds; lower")])
+def test_impossible_folds_are_refused(folds: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stratified_folds(np.arange(8) % 2, folds, 0)
+
+
+@pytest.mark.parametrize(("n", "dimensions"), [(60, 5), (40, 90)])
+def test_ridge_scores_are_the_normal_equations(n: int, dimensions: int) -> None:
+    """Both Gram matrices, against a naive solve with d + 1 unknowns for each fold."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((n, dimensions)), rng.integers(0, 3, n)
+    found = crossfit(x, y, 3, folds=4)
+    standard = (x - x.mean(0)) / x.std(0)
+    expected = np.empty((n, 3))
+    for f in range(4):
+        train = found.fold != f
+        center, onehot = standard[train].mean(0), np.eye(3)[y[train]]
+        a = (standard[train] - center).T @ (standard[train] - center) + found.ridge * train.sum() * np.eye(dimensions)
+        head = np.linalg.solve(a, (standard[train] - center).T @ (onehot - onehot.mean(0)))
+        expected[~train] = (standard[~train] - center) @ head
+    np.testing.assert_allclose(found.scores, expected / np.sqrt((expected**2).mean()), atol=1e-8)
+    assert found.ridge in RIDGE_GRID
+
+
+def test_probabilities_are_those_of_the_noisy_label() -> None:
+    errors = []
+    for n in (300, 3000, 30000):
+        x, y, posterior = mixture(n)
+        p = crossfit(x, corrupt_labels(y, T3, 1), 3).probabilities
+        np.testing.assert_allclose(p.sum(1), 1)
+        errors.append(np.abs(p - posterior @ T3).mean())
+    # Not to 0: p T flattens at the rows of T, which no softmax of linear scores does.
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.08
+
+
+def test_new_examples_are_predicted_alike() -> None:
+    x, y, posterior = mixture(6000)
+    found = crossfit(x[:4000], y[:4000], 3, new_features=x[4000:])
+    assert found.new_probabilities.shape == (2000, 3)
+    assert np.abs(found.new_probabilities - posterior[4000:]).mean() < 0.02
+    with pytest.raises(ValueError, match="new_features have 5 dimensions, but features have 6; use one model"):
+        crossfit(x, y, 3, new_features=x[:, :5])
+
+
+def test_no_example_is_predicted_from_its_own_label() -> None:
+    """On labels of pure chance, an honest probability knows no more than the class frequencies."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((400, 300)), rng.integers(0, 4, 400)
+    p = crossfit(x, y, 4).probabilities
+    assert -np.log(p[np.arange(400), y]).mean() > np.log(4) - 0.02
+
+
+def test_constant_features_and_rare_classes_survive() -> None:
+    x, y, _ = mixture(200)
+    y[y == 2] = 1
+    y[0] = 2
+    p = crossfit(np.c_[x, np.full(200, 1e6)], y, 3).probabilities
+    assert np.isfinite(p).all()
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_the_gradient_of_the_joint_likelihood(fixed: bool) -> None:
+    rng = np.random.default_rng(0)
+    scores, labels = rng.standard_normal((50, 4)), np.sort(rng.integers(0, 3, 50))
+    theta = rng.standard_normal(4 * 3 + 3 + 9)
+    _, gradient = negative_log_posterior(theta, scores, labels, 3, fixed)
+    numeric = approx_fprime(theta, lambda t: negative_log_posterior(t, scores, labels, 3)[0], 1e-7)
+    free = slice(0, 15) if fixed else slice(None)
+    np.testing.assert_allclose(gradient[free], numeric[free], atol=1e-6)
+    assert not fixed or (gradient[15:] == 0).all()
+
+
+def test_the_gradient_where_a_label_is_absent() -> None:
+    rng = np.random.default_rng(0)
+    scores, labels = rng.standard_normal((20, 3)), np.repeat([0, 2], 10)
+    theta = rng.standard_normal(21)
+    numeric = approx_fprime(theta, lambda t: negative_log_posterior(t, scores, labels, 3)[0], 1e-7)
+    np.testing.assert_allclose(negative_log_posterior(theta, scores, labels, 3)[1], numeric, atol=1e-6)
+
+
+def test_the_joint_likelihood_converges_to_the_truth() -> None:
+    errors = []
+    for n in (500, 5000, 50000):
+        x, y, _ = mixture(n)
+        noisy = corrupt_labels(y, T3, 1)
+        fit = joint_transition(crossfit(x, noisy, 3).scores, noisy, [0.7 * np.eye(3) + 0.1])
+        errors.append(row_tv(fit.transition, T3))
+    assert errors[2] < errors[1] < errors[0]
+    assert errors[2] < 0.01
+
+
+def test_the_head_for_a_known_transition_is_the_clean_posterior() -> None:
+    x, y, posterior = mixture(20000)
+    noisy = corrupt_labels(y, T3, 1)
+    scores = crossfit(x, noisy, 3).scores
+    fit = head_for(scores, noisy, T3)
+    assert (fit.transition == T3).all()
+    assert np.abs(fit.clean_probabilities(scores) - posterior).mean() < 0.01
+
+
+TRUTHS = [np.eye(3), T3, symmetric_transition(3, 0.3), pair_flip_transition(3, 0.3)]
+
+
+@pytest.mark.parametrize("truth", TRUTHS)
+def test_the_confident_joint_is_right_where_classes_are_plain(truth: np.ndarray) -> None:
+    clean = np.arange(30000) % 3
+    noisy = corrupt_labels(clean, truth, 0)
+    assert row_tv(confident_joint_transition(truth[clean], noisy), truth) < 0.01
+
+
+@pytest.mark.parametrize("truth", TRUTHS)
+def test_dual_t_is_right_for_a_sure_head_and_squared_for_a_calibrated_one(truth: np.ndarray) -> None:
+    clean = np.arange(30000) % 3
+    noisy = corrupt_labels(clean, truth, 0)
+    assert row_tv(dual_t_transition(np.eye(3)[clean], noisy), truth) < 0.01
+    assert row_tv(dual_t_transition(truth[clean], noisy), truth @ truth) < 0.01
+
+
+def test_trusted_examples_give_the_mean_of_their_predictions() -> None:
+    rng = np.random.default_rng(0)
+    p, clean = rng.dirichlet(np.ones(3), 30), np.arange(30) % 3
+    expected = [p[clean == c].mean(0) for c in range(3)]
+    np.testing.assert_allclose(trusted_transition(p, clean), expected)
+
+
+def test_an_absent_class_has_a_row_of_the_identity() -> None:
+    noisy = corrupt_labels(np.arange(3000) % 2, [[0.8, 0.2], [0.3, 0.7]], 0)
+    p = np.c_[np.array([[0.8, 0.2], [0.3, 0.7]])[np.arange(3000) % 2], np.zeros(3000)][:, [0, 2, 1]]
+    found = confident_joint_transition(p, np.where(noisy == 1, 2, 0))
+    np.testing.assert_allclose(found, [[0.8, 0, 0.2], [0, 1, 0], [0.3, 0, 0.7]], atol=0.05)
+
+
+def test_shrinking_takes_away_noise_and_leaves_structure() -> None:
+    rng = np.random.default_rng(0)
+    error = np.full((10, 10), 0.01)
+    for truth, factor in ((symmetric_transition(10, 0.4), 0.3), (pair_flip_transition(10, 0.4), 1.05)):
+        noisy = truth + error * rng.standard_normal((10, 10))
+        noisy /= noisy.sum(axis=1, keepdims=True)
+        found = shrink(noisy, error)
+        np.testing.assert_allclose(found.sum(axis=1), 1)
+        assert np.abs(found - truth).mean() < factor * np.abs(noisy - truth).mean()
+
+
+def test_shrinking_changes_nothing_without_error_and_everything_without_difference() -> None:
+    np.testing.assert_allclose(shrink(T3, np.zeros((3, 3))), T3)
+    for truth in (np.eye(4), symmetric_transition(4, 0.3)):
+        np.testing.assert_allclose(shrink(truth, np.full((4, 4), 0.1)), truth)
+    np.testing.assert_allclose(np.diag(shrink(T3, np.ones((3, 3)))), np.diag(T3), err_msg="three entries are too few")
+
+
+def test_no_entry_shrinks_further_than_its_error_explains() -> None:
+    truth = symmetric_transition(10, 0.3)
+    truth[2, 2], truth[2, 7] = 0.3, truth[2, 7] + 0.4
+    found = shrink(truth, np.full((10, 10), 0.01))
+    assert np.abs(found - truth)[2, [2, 7]].max() < 0.03
+    assert np.abs(shrink(truth, np.full((10, 10), 10.0)) - truth)[2, 7] > 0.3
+
+
+def test_regions_halve_every_class_along_its_leading_component() -> None:
+    rng = np.random.default_rng(0)
+    predicted = np.repeat([0, 1], 50)
+    x = rng.standard_normal((100, 5)) * [10, 3, 1, 0.1, 0.1] + 100 * predicted[:, None]
+    for features in (x, np.c_[x, np.zeros((100, 200))]):
+        sides = regions(features, predicted)
+        assert sides.shape == (100, 3)
+        assert (sides[:50].sum(0) == 25).all()
+        leading = x[:50, 0] > np.median(x[:50, 0])
+        assert abs((sides[:50, -1] == leading).mean() - 0.5) > 0.4
+
+
+def test_the_statistic_is_pearsons() -> None:
+    rng = np.random.default_rng(0)
+    p, predicted = rng.dirichlet(5 * np.ones(3), 300), rng.integers(0, 3, 300)
+    labels, sides = draw(p, 1), rng.integers(0, 2, (300, 2))
+    expected = 0.0
+    for c in range(2):
+        for k in range(3):
+            for s in range(2):
+                cell = (predicted == k) & (sides[:, c] == s)
+                e = p[cell].sum(0)
+                expected += (((np.bincount(labels[cell], minlength=3) - e) ** 2) / e).sum()
+    assert dependence_statistic(p, labels, predicted, sides) == pytest.approx(expected)
+
+
+def test_p_value_and_effect_size() -> None:
+    assert simulated_p_value(3.0, np.array([1.0, 2.0, 3.0, 4.0])) == pytest.approx(3 / 5)
+    assert simulated_p_value(9.0, np.zeros(19)) == pytest.approx(1 / 20)
+    assert effect_size(30.0, np.array([9.0, 11.0]), 100, 2) == pytest.approx(np.sqrt(20 / 200))
+    assert effect_size(5.0, np.array([9.0, 11.0]), 100, 2) == 0

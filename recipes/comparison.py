@@ -8,6 +8,7 @@ import statistics
 import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from math import isnan, nan
 from pathlib import Path
 
 import matplotlib
@@ -26,32 +27,45 @@ class Run:
     seed: int
     accuracy: list[float]
     """On clean test labels, after each epoch."""
+    validation: list[float]
+    """Clean accuracy as estimated on noisy validation labels, after each epoch; empty without them."""
     distances: dict[str, float]
     """``‖W_i - W_i^ref‖_F`` at the end, by parameter name."""
     depths: dict[str, int]
     """Block of each layer, counted from the input."""
     seconds: float
 
+    @property
+    def selected(self) -> float:
+        """Accuracy on clean test labels at the epoch that the noisy validation labels choose; NaN without them."""
+        return (
+            self.accuracy[max(range(len(self.validation)), key=self.validation.__getitem__)] if self.validation else nan
+        )
+
 
 def mean_and_error(values: list[float]) -> str:
     """Mean ± standard error in percent; the mean alone for one value."""
     mean = 100 * statistics.fmean(values)
+    if isnan(mean):
+        return "not measured"
     if len(values) == 1:
         return f"{mean:.1f}"
     return f"{mean:.1f} ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}"
 
 
 def accuracy_table(runs: list[Run]) -> str:
-    """Markdown: one row a method, clean test accuracy at the last and at the best epoch."""
+    """Markdown: one row a method, clean test accuracy at the last, the selected and the best epoch."""
     lines = [
-        "| method | clean accuracy, last epoch (%) | best epoch (%) | seeds | mean layer distance | seconds a run |",
-        "|---|---|---|---|---|---|",
+        "| method | clean accuracy, last epoch (%) | selected epoch (%) | best epoch (%) | seeds | mean layer distance "
+        "| seconds a run |",
+        "|---|---|---|---|---|---|---|",
     ]
     for method in _methods(runs):
         chosen = [run for run in runs if run.method == method]
         distance = statistics.fmean(d for run in chosen for d in run.distances.values())
         lines.append(
             f"| {method} | {mean_and_error([run.accuracy[-1] for run in chosen])} "
+            f"| {mean_and_error([run.selected for run in chosen])} "
             f"| {mean_and_error([max(run.accuracy) for run in chosen])} | {len(chosen)} | {distance:.3f} "
             f"| {statistics.median(run.seconds for run in chosen):.0f} |"
         )

@@ -35,10 +35,14 @@ HERE = Path(__file__).parent
 # What each method changes in the arguments given; "robust" keeps them. Another method is another line.
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"loss_correction": "none", "layer_radius": None},
+    "gce": {"loss_correction": "gce", "layer_radius": None},
     "forward": {"loss_correction": "forward", "layer_radius": None},
     "projection": {"loss_correction": "none"},
     "robust": {},
 }
+
+# The metric that tells which labels are noisy: those of the test data are clean.
+SELECTED_ON = "eval_validation_clean_accuracy"
 
 REPORTED = (
     "num_train_epochs",
@@ -67,6 +71,13 @@ class RunArguments:
     label_column: str = field(default="label", metadata={"help": "Column of the labels."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many, shuffled."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Test on the first so many, shuffled."})
+    validation_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Hold out so many of the training examples, with their noisy labels, and tell the epoch that the "
+            "clean accuracy estimated on them chooses. Needs a noise_transition, such as 'estimate'."
+        },
+    )
     methods: list[str] = field(
         default_factory=lambda: ["plain", "robust"],
         metadata={"help": "Ways to train, in this order.", "choices": list(METHODS)},
@@ -211,7 +222,14 @@ def train(method: str, seed: int, task: Task, recipe: RunArguments, arguments: R
         noisy = corrupt_dataset(noisy, matrix, seed, label_column=task.label_column)
         transition = matrix.tolist() if transition is None else transition
 
+    evaluated = {"test": task.data["test"]}
+    if recipe.validation_samples:
+        held_out = noisy.train_test_split(recipe.validation_samples, seed=seed)
+        noisy, evaluated["validation"] = held_out["train"], held_out["test"]
+
     arguments = copy(arguments)
+    if recipe.validation_samples:
+        arguments.metric_for_best_model = SELECTED_ON
     arguments.seed, arguments.noise_transition = seed, transition
     arguments.output_dir = str(Path(arguments.output_dir) / f"{method}-{seed}")
     for name, value in METHODS[method].items():
@@ -230,7 +248,7 @@ def train(method: str, seed: int, task: Task, recipe: RunArguments, arguments: R
         model=model,
         args=arguments,
         train_dataset=task.prepare(noisy),
-        eval_dataset=task.prepare(task.data["test"]),
+        eval_dataset={name: task.prepare(part) for name, part in evaluated.items()},
         data_collator=task.collator,
         processing_class=task.processing_class,
         compute_metrics=compute_metrics,
@@ -240,10 +258,12 @@ def train(method: str, seed: int, task: Task, recipe: RunArguments, arguments: R
     started = time.perf_counter()
     trainer.train()
     layers, _ = find_layers(model)
+    history = trainer.state.log_history
     return Run(
         method=method,
         seed=seed,
-        accuracy=[entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry],
+        accuracy=[entry["eval_test_accuracy"] for entry in history if "eval_test_accuracy" in entry],
+        validation=[entry[SELECTED_ON] for entry in history if SELECTED_ON in entry],
         distances=layer_distances(model, pretrained),
         depths={layer.name: layer.depth for layer in layers},
         seconds=time.perf_counter() - started,

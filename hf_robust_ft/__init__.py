@@ -18,6 +18,7 @@ from .curvature import (
     spectral_density,
     top_eigenpairs,
 )
+from .diagnosis import Diagnosis, diagnose
 from .estimation import (
     CrossFit,
     TransitionEstimate,
@@ -46,7 +47,9 @@ from .noise import (
     symmetric_transition,
     validate_transition,
 )
+from .noise_shape import noise_shape
 from .reference import ReferenceMismatch, layer_distances
+from .suspects import Suspects, rank_suspects
 from .trainer import HessianRegularizedTrainer
 
 __all__ = [
@@ -56,6 +59,7 @@ __all__ = [
     "ConstraintTable",
     "CorrectedLoss",
     "CrossFit",
+    "Diagnosis",
     "HessianRegularizedTrainer",
     "HessianReport",
     "InverseTransition",
@@ -66,6 +70,7 @@ __all__ = [
     "QuadraticForms",
     "ReferenceMismatch",
     "RobustTrainingArguments",
+    "Suspects",
     "TransitionEstimate",
     "backward_corrected",
     "clean_accuracy",
@@ -74,6 +79,7 @@ __all__ = [
     "corrupt_labels",
     "cross_entropy",
     "crossfit",
+    "diagnose",
     "dual_t_transition",
     "estimate_transition",
     "find_layers",
@@ -86,9 +92,11 @@ __all__ = [
     "layer_quadratic_forms",
     "load_transition",
     "measure_hessian",
+    "noise_shape",
     "noise_stability",
     "nonnegative_backward",
     "pair_flip_transition",
+    "rank_suspects",
     "spectral_density",
     "symmetric_transition",
     "top_eigenpairs",

@@ -17,9 +17,11 @@ PACKAGE = "hf_robust_ft"
 FLOORS = {
     "clean_accuracy": 1,
     "noise": 1,
+    "noise_shape": 1,
     "losses": 1,
     "projection": 1,
     "estimation": 1,
+    "suspects": 1,
     "layers": 2,
     "reference": 2,
     "constraints": 2,
@@ -30,10 +32,16 @@ FLOORS = {
     "callbacks": 3,
     "checkpoint": 3,
     "data": 3,
+    "diagnosis": 3,
     "features": 3,
+    "heat_map": 3,
     "noise_estimate": 3,
     "metrics": 3,
     "noisy_evaluation": 3,
+    "raw_examples": 3,
+    "recommendation": 3,
+    "__main__": 4,
+    "cli": 4,
     "trainer": 4,
 }
 NOT_ON_FLOOR_1 = {"transformers", "accelerate", "datasets", "evaluate", "huggingface_hub"}

@@ -134,8 +134,8 @@ def load_transition(source: Any, num_classes: int | None = None) -> Matrix:
 
     Args:
         source: a symmetric noise rate in [0, 1); a path to ``.npy`` or ``.json`` (nested lists, or a saved
-            :class:`TransitionEstimate`); or the matrix itself. Strings of a number or of nested lists (from a command line) are read as
-            such.
+            :class:`TransitionEstimate`); or the matrix itself. Strings of a number or of nested lists (from a
+            command line) are read as such.
         num_classes: K of the model. Needed for a rate.
 
     Returns:

@@ -46,12 +46,12 @@ def noise_shape(transition: Matrix, prior: Matrix) -> NoiseShape:
     total = mistakes.sum()
     if total <= 0:
         return NoiseShape("symmetric", 1.0)
-    shared = float(np.minimum(mistakes / total, even / even.sum()).sum())
+    shared = min(1.0, float(np.minimum(mistakes / total, even / even.sum()).sum()))
     if shared >= EXPLAINED:
         return NoiseShape("symmetric", shared)
     if num_classes > 2:
         largest = np.argsort(-mistakes, axis=None)[:num_classes]
-        explained = float(mistakes.ravel()[largest].sum() / total)
+        explained = min(1.0, float(mistakes.ravel()[largest].sum() / total))
         if explained >= EXPLAINED:
             sources = len(np.unique(largest // num_classes))
             every = sources >= 0.9 * num_classes

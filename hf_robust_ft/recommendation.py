@@ -25,10 +25,10 @@ def noise_level(estimate: TransitionEstimate) -> Literal["none", "perhaps", "noi
     """Whether there is noise, given that clean labels don't look quite clean.
 
     Of clean labels a linear head takes some for wrong, the more the fewer examples a class has to learn from. Measured
-    on both shared data sets: 1 % at 500 a class, 2 to 5 % at 100, 5 to 7 % at 30, or about ``0.35 / √(examples a
-    class)``. Less than ``0.6 / √``, and less than 5 % at any size, is no noise that could be told from none.
+    on both shared data sets: 1 % at 500 a class, 2 to 5 % at 100, 5 to 11 % at 30. Less than ``0.65 / √(examples a
+    class)``, and less than 5 % at any size, is no noise that could be told from none.
     """
-    least = max(LITTLE_NOISE, 0.6 / math.sqrt(estimate.n / len(estimate.transition)))
+    least = max(LITTLE_NOISE, 0.65 / math.sqrt(estimate.n / len(estimate.transition)))
     if estimate.noise_rate < least:
         return "none"
     return "perhaps" if estimate.noise_rate_interval[0] < least / 2 else "noise"

@@ -45,7 +45,7 @@ FILES = ("diagnosis.json", FILE, "suspects.csv", "T.png")
 LEAST_EXAMPLES_A_CLASS = 10
 
 # With fewer, the effect size of noise that depends on the class alone is often above what counts as notable (measured:
-# up to 0.19 at 30 a class, on clean labels too; at most 0.08 at 100).
+# up to 0.21 at 30 a class, on clean labels too; at most 0.08 at 100).
 TESTED_EXAMPLES_A_CLASS = 100
 
 # Lines of the report.

@@ -35,6 +35,7 @@ from hf_robust_ft import (
     symmetric_transition,
 )
 from hf_robust_ft.cli import main
+from hf_robust_ft.diagnosis import _shape
 from hf_robust_ft.recommendation import as_code, as_flags, noise_level, radius_for, recommend
 
 NAMES = ["ant", "bee", "cat"]
@@ -135,7 +136,17 @@ def test_it_is_kept_in_files(flipped: tuple[Dataset, Diagnosis], tmp_path: Path)
     assert eval(f"dict({as_code(saved.arguments)})") == saved.arguments
 
 
-@pytest.mark.parametrize(("content", "match"), [("{", "is not JSON"), ('{"format": 1}', "holds no diagnosis")])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("{", "is not JSON"),
+        ('{"format": 1}', "holds no diagnosis"),
+        (
+            '{"format": "hf_robust_ft.Diagnosis/1", "examples": {}, "suspects": 0, "classes": [], "estimate": {}}',
+            "holds no transition estimate",
+        ),
+    ],
+)
 def test_another_file_is_refused(tmp_path: Path, content: str, match: str) -> None:
     (tmp_path / "diagnosis.json").write_text(content)
     with pytest.raises(ValueError, match=match):
@@ -414,6 +425,13 @@ def test_recommendations_follow_what_was_measured(flipped: tuple[Dataset, Diagno
     singular = recommend(with_rate(0.5, singular_value_interval=(0.0, 0.2)), False, 0.01)
     assert singular.arguments == {"loss_correction": "gce", **radius}
     assert "singular" in singular.reason
+
+
+def test_example_dependence_needs_an_effect_and_examples(flipped: tuple[Dataset, Diagnosis]) -> None:
+    dependent = replace(flipped[1].estimate, n=3000, class_conditional_p_value=0.01, class_conditional_effect=0.15)
+    assert _shape(dependent) == ("example_dependent", 1.0)
+    for changes in ({"n": 290}, {"class_conditional_effect": 0.05}, {"class_conditional_p_value": 0.2}):
+        assert _shape(replace(dependent, **changes))[0] == "pair_flip"
 
 
 def test_the_radius_suits_the_model() -> None:

@@ -18,6 +18,7 @@ from .curvature import (
     spectral_density,
     top_eigenpairs,
 )
+from .diagnosis import Diagnosis, diagnose
 from .estimation import (
     CrossFit,
     TransitionEstimate,
@@ -46,7 +47,9 @@ from .noise import (
     symmetric_transition,
     validate_transition,
 )
+from .noise_shape import noise_shape
 from .reference import ReferenceMismatch, layer_distances
+from .suspects import Suspects, rank_suspects
 from .trainer import HessianRegularizedTrainer
 from .weak_labels import ABSTAIN, FunctionSummary, VoteSummary, majority_vote, vote_summary
 
@@ -58,6 +61,7 @@ __all__ = [
     "ConstraintTable",
     "CorrectedLoss",
     "CrossFit",
+    "Diagnosis",
     "FunctionSummary",
     "HessianRegularizedTrainer",
     "HessianReport",
@@ -69,6 +73,7 @@ __all__ = [
     "QuadraticForms",
     "ReferenceMismatch",
     "RobustTrainingArguments",
+    "Suspects",
     "TransitionEstimate",
     "VoteSummary",
     "backward_corrected",
@@ -78,6 +83,7 @@ __all__ = [
     "corrupt_labels",
     "cross_entropy",
     "crossfit",
+    "diagnose",
     "dual_t_transition",
     "estimate_transition",
     "find_layers",
@@ -91,9 +97,11 @@ __all__ = [
     "load_transition",
     "majority_vote",
     "measure_hessian",
+    "noise_shape",
     "noise_stability",
     "nonnegative_backward",
     "pair_flip_transition",
+    "rank_suspects",
     "spectral_density",
     "symmetric_transition",
     "top_eigenpairs",

@@ -133,8 +133,9 @@ def load_transition(source: Any, num_classes: int | None = None) -> Matrix:
     """Turn what a user gives as ``noise_transition`` into a transition matrix.
 
     Args:
-        source: a symmetric noise rate in [0, 1); a path to ``.npy`` or ``.json`` (nested lists); or the
-            matrix itself. Strings of a number or of nested lists (from a command line) are read as such.
+        source: a symmetric noise rate in [0, 1); a path to ``.npy`` or ``.json`` (nested lists, or a saved
+            :class:`TransitionEstimate`); or the matrix itself. Strings of a number or of nested lists (from a
+            command line) are read as such.
         num_classes: K of the model. Needed for a rate.
 
     Returns:
@@ -295,7 +296,9 @@ def read_transition(source: Any) -> Any:
         except (ValueError, EOFError) as error:
             raise ValueError(f"the noise_transition file {path} is no plain .npy array ({error})") from None
     if path.suffix == ".json":
-        return _parse_json(path.read_text(encoding="utf-8"), f"the noise_transition file {path}")
+        content = _parse_json(path.read_text(encoding="utf-8"), f"the noise_transition file {path}")
+        # What TransitionEstimate.save wrote.
+        return content.get("transition", content) if isinstance(content, dict) else content
     raise ValueError(f"noise_transition='{text}' ends in '{path.suffix}'; give a .npy or .json file")
 
 

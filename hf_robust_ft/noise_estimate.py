@@ -108,12 +108,17 @@ def check_identifiable(estimate: TransitionEstimate) -> None:
     Raises:
         ValueError: it may.
     """
-    singular = (np.linalg.cond(transition_draws(estimate)) > MAX_CONDITION_NUMBER).mean()
-    if not estimate.identifiable or singular > 0.01:
+    if not surely_identifiable(estimate):
         raise ValueError(
             f"noise_transition='{ESTIMATE}': {estimate.verdict} (The estimate is in {FILE}.) Train without T "
             "(loss_correction='gce' with noise_transition=None), give T, or more examples"
         )
+
+
+def surely_identifiable(estimate: TransitionEstimate) -> bool:
+    """Whether T is regular throughout its interval and in (nearly) all draws about it."""
+    singular = (np.linalg.cond(transition_draws(estimate)) > MAX_CONDITION_NUMBER).mean()
+    return estimate.identifiable and bool(singular <= 0.01)
 
 
 def transition_draws(estimate: TransitionEstimate) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from tqdm.auto import tqdm
 
 from ..noise import Matrix
 from .class_conditional import dependence_statistic, effect_size, regions, simulated_p_value
@@ -158,7 +159,7 @@ def _parametric(
     statistics = [dependence_statistic(noisy, labels, predicted, sides)]
     transitions, priors = [], []
     cumulative = noisy.cumsum(axis=1)
-    for _ in range(bootstrap):
+    for _ in tqdm(range(bootstrap), desc="bootstrap", delay=5, disable=None):
         drawn = (rng.random((len(labels), 1)) * cumulative[:, -1:] >= cumulative).sum(axis=1)
         again = refit(scores, drawn, fit, fixed_transition=fixed_transition)
         q = again.clean_probabilities(scores)

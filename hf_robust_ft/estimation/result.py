@@ -64,17 +64,43 @@ class TransitionEstimate:
         """Whether T is regular throughout its interval, so that correction by it is meaningful."""
         return self.singular_value_interval[0] > 0
 
-    def save(self, path: str | Path) -> None:
-        """Write the estimate as JSON, at once: a reader never sees half a file."""
+    def to_dict(self) -> dict[str, Any]:
+        """What :meth:`save` writes: nothing but what JSON holds."""
         content: dict[str, Any] = {"format": FORMAT}
         for name, value in asdict(self).items():
             content[name] = value.tolist() if isinstance(value, np.ndarray) else value
         if not np.isfinite(self.condition_number):
             content["condition_number"] = None  # JSON knows no infinity
+        return content
+
+    @classmethod
+    def from_dict(cls, content: Any, source: str = "this") -> TransitionEstimate:
+        """From what :meth:`to_dict` gave.
+
+        Args:
+            source: what the error calls it.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        names = {field.name for field in fields(cls)}
+        if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != {"format", *names}:
+            raise ValueError(f"{source} holds no transition estimate; give a file that TransitionEstimate.save wrote")
+        values = {name: content[name] for name in names}
+        for name in ("transition", "standard_error", "interval", "clean_prior", "effective_counts", "counts"):
+            values[name] = np.array(values[name], dtype=np.float64)
+        for name in ("noise_rate_interval", "singular_value_interval"):
+            values[name] = tuple(values[name])
+        if values["condition_number"] is None:
+            values["condition_number"] = float("inf")
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Write the estimate as JSON, at once: a reader never sees half a file."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.with_name(f".{target.name}.{os.getpid()}")
-        scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        scratch.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(scratch, target)
 
     @classmethod
@@ -88,16 +114,7 @@ class TransitionEstimate:
             content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not JSON ({error}); give a file that TransitionEstimate.save wrote") from None
-        names = {field.name for field in fields(cls)}
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT or set(content) != names:
-            raise ValueError(f"{path} holds no transition estimate; give a file that TransitionEstimate.save wrote")
-        for name in ("transition", "standard_error", "interval", "clean_prior", "effective_counts", "counts"):
-            content[name] = np.array(content[name], dtype=np.float64)
-        for name in ("noise_rate_interval", "singular_value_interval"):
-            content[name] = tuple(content[name])
-        if content["condition_number"] is None:
-            content["condition_number"] = float("inf")
-        return cls(**content)
+        return cls.from_dict(content, str(path))
 
     def __str__(self) -> str:
         low, high = self.noise_rate_interval

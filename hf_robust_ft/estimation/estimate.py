@@ -65,8 +65,8 @@ def estimate_transition(
         - ``"confident_joint"``: by counting, through cleanlab.
         - ``"dual_t"``: Yao et al. 2020; with calibrated probabilities it finds too much noise
           (:func:`dual_t_transition`).
-        - ``"trusted"``: gold loss correction, from ``trusted`` examples that the features' labels don't include. It takes
-          ambiguous examples for wrong ones: unless the features tell classes apart well, ``"joint"`` is better.
+        - ``"trusted"``: gold loss correction, from ``trusted`` examples that the features' labels don't include. It
+          takes ambiguous examples for wrong ones: unless the features tell classes apart well, ``"joint"`` is better.
 
     What the bootstrap covers: for ``"joint"`` it is parametric. Labels are drawn anew from the fitted ``p(x) T``, and
     head and T are fitted again on the same out-of-fold scores. The errors so cover the labels of the second
@@ -77,8 +77,8 @@ def estimate_transition(
 
     The test of the class-conditional assumption compares the labels that regions of the features hold with those
     expected of ``p(x) T``; its null is simulated by the same parametric bootstrap, with the fit repeated. The scores
-    are not made anew, so it can be too eager (5 % became up to 22 % under simulated pair flips); the verdict asks for an
-    effect size of 0.1, too.
+    are not made anew, so it can be too eager (5 % became up to 22 % under simulated pair flips); the verdict asks for
+    an effect size of 0.1, too.
 
     Args:
         features: [n, d], finite.

@@ -4,13 +4,13 @@
 
 runs offline where text_noisy.py does: the rules of supersense_rules.py vote on what kind of thing a definition of
 WordNet defines, the majority is its label, and definitions on which every rule abstains are left out of training. The
-clean labels of the training data are used to print how good rules and labels are, and, unless you give
+clean labels of the training data are used to print how good rules and labels are, and for nothing else. T is estimated
+from the weak labels; with
 
     accelerate launch recipes/weak_supervision.py --noise_transition T.json
 
-for T: the true one of these votes, counted against the clean labels. That is an oracle, for comparison; nobody who
-needs weak labels has it. Either way T is that of the examples that get a label, and only an approximation: the errors
-of rules depend on the text, not on the class alone. Methods, models and settings are those of text_noisy.py.
+it is your own. Either way it is that of the examples that get a label, and only an approximation: the errors of rules
+depend on the text, not on the class alone. Methods, models and settings are those of text_noisy.py.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     if arguments.process_index == 0:
         describe(vote_summary(votes, clean_labels=clean, names=NAMES), clean, weak, oracle, names)
     if arguments.noise_transition is None:
-        arguments.noise_transition = oracle.tolist()
+        arguments.noise_transition = "estimate"
     data["train"] = relabel(data["train"].select(kept), weak[kept], recipe.label_column)
     found = {"coverage": len(kept) / len(weak), "accuracy": float((weak == clean)[kept].mean())}
     compare(text_task(recipe, data, recipe.label_column), recipe, arguments, weak_labels=found)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
-import numpy as np
 import pytest
 import tiny
 from datasets import ClassLabel, Dataset, Features, Value
 from sklearn.datasets import load_digits
 from transformers import BertTokenizerFast
+
+from hf_robust_ft import TransitionEstimate
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -205,8 +206,13 @@ def test_weak_supervision_by_default(tmp_path: Path) -> None:
     settings = results(tmp_path / "outputs" / "weak_supervision")["settings"]
     assert 0.5 < settings["weak_labels"]["coverage"] < 0.8
     assert 0.6 < settings["weak_labels"]["accuracy"] < 0.9
-    np.testing.assert_allclose(np.sum(settings["noise_transition"], axis=1), 1)
+    assert settings["noise_transition"] == "estimate"
     kept = round(settings["weak_labels"]["coverage"] * 400)
+    estimate = TransitionEstimate.load(
+        tmp_path / "outputs" / "weak_supervision" / "robust-0" / "transition_estimate.json"
+    )
+    assert estimate.n == kept
+    assert estimate.identifiable
     assert f"robust, seed 0: {kept} training examples, 36 layers constrained" in text
     assert re.search(r"food_drinks +5 +\d", text)
 

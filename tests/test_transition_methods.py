@@ -131,6 +131,20 @@ def test_the_joint_likelihood_converges_to_the_truth() -> None:
     assert errors[2] < 0.01
 
 
+def test_classes_that_the_likelihood_confuses_get_their_names_back() -> None:
+    features, labels, _ = mixture(2000, num_classes=4)
+    truth = np.roll(0.4 * np.eye(4), 1, axis=1) + 0.6 * np.eye(4)
+    noisy = draw(truth[labels], seed=1)
+    scores = crossfit(features, noisy, 4).scores
+    right = joint_transition(scores, noisy, [0.9 * truth + 0.025])
+    swapped = joint_transition(scores, noisy, [0.9 * truth[[0, 2, 1, 3]] + 0.025])
+    np.testing.assert_allclose(swapped.transition, right.transition, rtol=0, atol=0.01)
+    np.testing.assert_allclose(
+        swapped.clean_probabilities(scores), right.clean_probabilities(scores), rtol=0, atol=0.02
+    )
+    assert row_tv(swapped.transition, truth) < 0.08
+
+
 def test_the_head_for_a_known_transition_is_the_clean_posterior() -> None:
     x, y, posterior = mixture(20000)
     noisy = corrupt_labels(y, T3, 1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import linear_sum_assignment, minimize
 from scipy.special import log_softmax, softmax
 
 from ..noise import Matrix
@@ -51,7 +51,8 @@ def joint_transition(scores: Matrix, labels: Labels, starts: Sequence[Matrix]) -
     out-of-fold scores it has K (K + 1) weights and can't.
 
     What identifies T is that the logits of p are linear in the scores: the plateau that ``P(ỹ | x)`` reaches as
-    logits grow is a row of T. The likelihood has several maxima, so it is climbed from several starts.
+    logits grow is a row of T. The likelihood has several maxima, so it is climbed from several starts. It does not
+    tell which class is which: the names under which most labels are right are taken.
 
     Priors: standard normal on W (scores have unit mean square), and Dirichlet(1 + 1/K) on each row of T, one example's
     worth in all (Perks). A Dirichlet(2), one example an entry, is not weak: it pulls the diagonal of clean data
@@ -64,7 +65,18 @@ def joint_transition(scores: Matrix, labels: Labels, starts: Sequence[Matrix]) -
     """
     trials = [_climb(scores, labels, _pack(scores.shape[1], start), TRIAL_ITERATIONS) for start in starts]
     best = min(range(len(trials)), key=lambda k: trials[k][1])
-    return _unpack(*_climb(scores, labels, trials[best][0], MAX_ITERATIONS), scores.shape[1], starts[0].shape[0])
+    fit = _unpack(*_climb(scores, labels, trials[best][0], MAX_ITERATIONS), scores.shape[1], starts[0].shape[0])
+    return _named(fit, scores)
+
+
+def _named(fit: JointFit, scores: Matrix) -> JointFit:
+    """The same fit with its classes renamed so that ``Σ_i P(y = i) T[i, i]`` is largest."""
+    prior = fit.clean_probabilities(scores).mean(axis=0)
+    rows, names = linear_sum_assignment(prior[:, None] * fit.transition, maximize=True)
+    order = rows[np.argsort(names)]
+    return fit._replace(
+        transition=fit.transition[order], weights=fit.weights[:, order], intercepts=fit.intercepts[order]
+    )
 
 
 def refit(scores: Matrix, labels: Labels, fit: JointFit, *, fixed_transition: bool = False) -> JointFit:

@@ -46,6 +46,7 @@ from .noise import (
     symmetric_transition,
     validate_transition,
 )
+from .radius_search import RadiusCandidate, RadiusChoice
 from .reference import ReferenceMismatch, layer_distances
 from .trainer import HessianRegularizedTrainer
 
@@ -64,6 +65,8 @@ __all__ = [
     "MeasurementStopped",
     "NotALayer",
     "QuadraticForms",
+    "RadiusCandidate",
+    "RadiusChoice",
     "ReferenceMismatch",
     "RobustTrainingArguments",
     "TransitionEstimate",

@@ -16,6 +16,7 @@ LOSS_CORRECTIONS = ("none", "forward", "backward", "nonnegative_backward", "gce"
 RADIUS_NORMS = ("frobenius", "inf_op")
 RADIUS_MODES = ("absolute", "relative")
 EVAL_LABELS = ("noisy", "clean")
+AUTO = "auto"
 
 
 # HfArgumentParser takes the second member of these unions, str, as the type on the command line;
@@ -51,7 +52,9 @@ class RobustTrainingArguments(TrainingArguments):
         metadata={
             "help": "Radius of the ball around each layer's pretrained weights: a number for all layers (a freshly "
             "initialised head stays free), or JSON {name pattern: radius}, the first match decides, null frees, "
-            "layers without a match are free. None: no constraint."
+            "layers without a match are free. 'auto': before training, one training with each of a few relative "
+            "radii (radius_mode is then 'relative'), and then the one that did best on the noisy eval_dataset. "
+            "None: no constraint."
         },
     )
     radius_norm: str = field(
@@ -91,6 +94,8 @@ class RobustTrainingArguments(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.noise_transition = _plain_transition(self.noise_transition)
         self.layer_radius = _plain_radius(self.layer_radius)
+        if self.layer_radius == AUTO:
+            self.radius_mode = "relative"  # said here, so that logs and cards say it, too
         _check_choice("loss_correction", self.loss_correction, (None, *LOSS_CORRECTIONS))
         _check_choice("radius_norm", self.radius_norm, RADIUS_NORMS)
         _check_choice("radius_mode", self.radius_mode, RADIUS_MODES)
@@ -111,7 +116,7 @@ def _plain_transition(value: Any) -> float | str | list[list[float]] | None:
     return str(value) if isinstance(value, Path) else _number(value)
 
 
-def _plain_radius(value: Any) -> float | dict[str, float | None] | None:
+def _plain_radius(value: Any) -> float | str | dict[str, float | None] | None:
     if isinstance(value, Mapping):
         return dict(value)
     value = _number(value)

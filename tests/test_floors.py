@@ -34,6 +34,7 @@ FLOORS = {
     "noise_estimate": 3,
     "metrics": 3,
     "noisy_evaluation": 3,
+    "radius_search": 3,
     "trainer": 4,
 }
 NOT_ON_FLOOR_1 = {"transformers", "accelerate", "datasets", "evaluate", "huggingface_hub"}

@@ -120,7 +120,7 @@ def _plain_radius(value: Any) -> float | str | dict[str, float | None] | None:
     if isinstance(value, Mapping):
         return dict(value)
     value = _number(value)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or value == AUTO:
         return value  # type: ignore[no-any-return]
     try:
         parsed = json.loads(value)
@@ -128,7 +128,7 @@ def _plain_radius(value: Any) -> float | str | dict[str, float | None] | None:
         parsed = value
     if parsed is not None and not isinstance(parsed, (int, float, dict)):
         raise ValueError(
-            f'layer_radius is {value!r}; give a number or JSON such as \'{{"*encoder.layer.*": 0.3, "*": null}}\''
+            f'layer_radius is {value!r}; give a number, \'{AUTO}\' or JSON such as \'{{"*encoder.layer.*": 0.3, "*": null}}\''
         )
     return parsed
 

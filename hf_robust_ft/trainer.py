@@ -278,7 +278,6 @@ class HessianRegularizedTrainer(Trainer):
             try:
                 return self._train_candidate(radius, weights, dataset, prefix)
             finally:
-                self.accelerator.free_memory()  # of its optimizer
                 restore()
 
         logger.warning(
@@ -320,11 +319,13 @@ class HessianRegularizedTrainer(Trainer):
         vars(sibling.args).update(changes)
         # Of the user's callbacks only those that stop early: the others may write, count or report.
         stopping = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
-        untrained = self.state.global_step == 0
-        centres = weights if untrained else self.constraints.reference
-        constraints = make_constraints(
-            sibling.args, self._model, sharded_by=self._sharded_by, reference=centres, fresh=self.constraints.fresh
-        )
+        constraints = self.constraints
+        if self.model_init is None:  # else its own model will have its own
+            # The copy that the weights are restored from serves as the centres: no second one is made.
+            centres = weights if self.state.global_step == 0 else constraints.reference
+            constraints = make_constraints(
+                sibling.args, self._model, sharded_by=self._sharded_by, reference=centres, fresh=constraints.fresh
+            )
         sibling._projection = ProjectionCallback(constraints)
         sibling.callback_handler = CallbackHandler(  # type: ignore[no-untyped-call]
             [sibling._projection, DefaultFlowCallback(), *copy.deepcopy(stopping)],

@@ -37,8 +37,8 @@ def noisy(examples: int = 48, seed: int = 1, rate: float = 0.3) -> Dataset:
     return data.remove_columns("clean_label")
 
 
-def auto(folder: Path, **changes: Any) -> HessianRegularizedTrainer:
-    return tiny.trainer(folder, **{"layer_radius": "auto", "eval_dataset": noisy(), **changes})
+def auto(folder: Path, model: nn.Module | None = None, **changes: Any) -> HessianRegularizedTrainer:
+    return tiny.trainer(folder, model, **{"layer_radius": "auto", "eval_dataset": noisy(), **changes})
 
 
 def chosen(trainer: HessianRegularizedTrainer) -> RadiusChoice:
@@ -300,25 +300,25 @@ def test_heavy_noise_on_few_examples_wants_a_small_radius(tmp_path: Path) -> Non
     """The encoder separates the classes as it is; free, it has steps enough to learn the wrong labels by heart."""
     trainer = auto(
         tmp_path, pretrained(tmp_path), train_dataset=separable(64, 0, 0.5), eval_dataset=separable(300, 1, 0.5),
-        noise_transition=0.5, loss_correction="none", max_steps=150, learning_rate=3e-3,
+        noise_transition=0.5, loss_correction="none", max_steps=80, learning_rate=3e-3,
     )  # fmt: skip
     trainer.train()
     by_radius = {c.radius: c for c in chosen(trainer).candidates}
-    print(chosen(trainer))
     assert chosen(trainer).radius < math.inf
     assert by_radius[math.inf].behind > 2 * by_radius[math.inf].behind_error
-    test = separable(300, 2, 0.0)
-    assert trainer.predict(test).metrics["test_loss"] < 1.2
+    print(chosen(trainer))
 
 
 def test_a_task_that_the_pretrained_weights_do_not_solve_wants_none(tmp_path: Path) -> None:
-    """Clean labels that only the first of seven tokens tells."""
-    trainer = auto(
-        tmp_path, train_dataset=tiny.texts(256), eval_dataset=tiny.texts(200, 1), max_steps=120, learning_rate=1e-2,
-    )  # fmt: skip
+    """Clean labels, and random weights of which nothing is fresh: the head, too, has to leave them."""
+    data = tiny.vectors(200)
+    train, test = data.select(range(100)), data.select(range(100, 200))
+    trainer = auto(tmp_path, tiny.Mlp(), train_dataset=train, eval_dataset=test, max_steps=60, label_names=["labels"],
+                   loss_correction="gce")  # fmt: skip
     trainer.train()
-    print(chosen(trainer))
+    (best,) = [c for c in chosen(trainer).candidates if c.radius == math.inf]
     assert chosen(trainer).radius == math.inf
+    assert best.score > 0.5
     assert len(trainer.constraints) == 0
 
 

@@ -128,7 +128,8 @@ def _plain_radius(value: Any) -> float | str | dict[str, float | None] | None:
         parsed = value
     if parsed is not None and not isinstance(parsed, (int, float, dict)):
         raise ValueError(
-            f'layer_radius is {value!r}; give a number, \'{AUTO}\' or JSON such as \'{{"*encoder.layer.*": 0.3, "*": null}}\''
+            f"layer_radius is {value!r}; give a number, '{AUTO}' or JSON such as "
+            '\'{"*encoder.layer.*": 0.3, "*": null}\''
         )
     return parsed
 

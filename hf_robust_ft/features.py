@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-from .arguments import AUTO, RobustTrainingArguments
+from .arguments import RobustTrainingArguments, is_auto, with_chosen
 from .constraints import LayerConstraints
 from .corrected_loss import CorrectedLoss, loss_type
 
@@ -100,8 +100,8 @@ def make_constraints(
         ValueError: sharded weights, or what :class:`LayerConstraints` refuses.
     """
     radius, mode = setting(args, "layer_radius"), setting(args, "radius_mode")
-    if radius == AUTO:
-        radius, mode = chosen, "relative"
+    if is_auto(radius):
+        radius, mode = with_chosen(radius, chosen), "relative"
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         sharded_by = "a model sharded at load time"
     if radius is not None and sharded_by is not None:

@@ -24,7 +24,7 @@ from transformers.trainer_utils import (
     TrainOutput,
 )
 
-from .arguments import AUTO
+from .arguments import AUTO, is_auto, with_chosen
 from .callbacks import ProjectionCallback
 from .checkpoint import ConstraintRecord, last_complete_checkpoint
 from .clean_accuracy import CleanAccuracy, clean_accuracy
@@ -68,7 +68,8 @@ class HessianRegularizedTrainer(Trainer):
     are scored at the epoch that the run would keep: the best with ``load_best_model_at_end``, else the last. They write
     and report nothing, and of the callbacks only ``EarlyStoppingCallback`` takes part. The training that follows is the
     one that the radius gives by itself. See :attr:`radius_choice`, and ``radius_choice.json`` in the output folder,
-    which a resumed run reads. It is chosen once for a Trainer; the score of the best is flattered by the choice.
+    which a resumed run reads. It is chosen once for a Trainer; the score of the best is flattered by the choice. One
+    radius has to suit all layers: free those that it does not, as in ``{"*pooler*": None, "*encoder*": "auto"}``.
 
     The balls are centred on the weights of the model given here (or returned by ``model_init``). The
     centres stay in memory, and lie beside the checkpoints for resuming.
@@ -238,7 +239,7 @@ class HessianRegularizedTrainer(Trainer):
 
     @property
     def _chooses_radius(self) -> bool:
-        return isinstance(value := setting(self.args, "layer_radius"), str) and value == AUTO
+        return is_auto(setting(self.args, "layer_radius"))
 
     @property
     def _validation_noise(self) -> Any:
@@ -307,7 +308,7 @@ class HessianRegularizedTrainer(Trainer):
         sibling.args = copy.copy(self.args)
         keeps_best = self.args.load_best_model_at_end
         changes: dict[str, Any] = {
-            "layer_radius": radius,
+            "layer_radius": with_chosen(setting(self.args, "layer_radius"), radius),
             "radius_mode": "relative",
             "save_strategy": SaveStrategy.NO,
             "load_best_model_at_end": False,

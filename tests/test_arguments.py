@@ -40,8 +40,9 @@ def test_radii_on_a_command_line(tmp_path: Path, word: str, value: Any) -> None:
 
 
 def test_an_automatic_radius_is_relative(tmp_path: Path) -> None:
-    parsed = parse(tmp_path, "--layer_radius", "auto")
-    assert (parsed.layer_radius, parsed.radius_mode) == ("auto", "relative")
+    for word, value in (("auto", "auto"), ('{"*.layer.*": "auto", "*": null}', {"*.layer.*": "auto", "*": None})):
+        parsed = parse(tmp_path, "--layer_radius", word)
+        assert (parsed.layer_radius, parsed.radius_mode) == (value, "relative")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,9 @@ FILE = "radius_choice.json"
 # which clean labels want.
 CANDIDATES = (0.003, 0.01, 0.03, math.inf)
 
+# What accelerate leaves on a model that it has prepared for a training.
+PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
+
 Scores = npt.NDArray[np.float64]
 
 
@@ -241,10 +244,12 @@ def snapshot(model: nn.Module | None) -> tuple[dict[str, Tensor], Callable[[], N
     weights: dict[str, Tensor] = {}
     others: list[tuple[Tensor, Tensor]] = []
     modes: list[tuple[nn.Module, bool]] = []
+    prepared: dict[str, Any] = {}
     if model is not None:
         weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
         others = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
         modes = [(module, module.training) for module in model.modules()]
+        prepared = {name: vars(model)[name] for name in PREPARED if name in vars(model)}
     numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
@@ -255,6 +260,9 @@ def snapshot(model: nn.Module | None) -> tuple[dict[str, Tensor], Callable[[], N
                 parameter.grad = None
                 if name in weights:
                     parameter.copy_(weights[name])
+            for name in PREPARED:
+                vars(model).pop(name, None)
+            vars(model).update(prepared)
         for buffer, value in others:
             buffer.copy_(value)
         for module, mode in modes:

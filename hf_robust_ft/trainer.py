@@ -19,7 +19,6 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
-    IntervalStrategy,
     SaveStrategy,
     TrainOutput,
 )
@@ -306,7 +305,7 @@ class HessianRegularizedTrainer(Trainer):
         """
         sibling = copy.copy(self)
         sibling.args = copy.copy(self.args)
-        keeps_best = self.args.load_best_model_at_end
+        # It evaluates when the run will: early stopping and some schedules hang on that, and it draws random numbers.
         changes: dict[str, Any] = {
             "layer_radius": with_chosen(setting(self.args, "layer_radius"), radius),
             "radius_mode": "relative",
@@ -315,8 +314,6 @@ class HessianRegularizedTrainer(Trainer):
             "push_to_hub": False,
             "report_to": [],
         }
-        if not keeps_best:
-            changes |= {"eval_strategy": IntervalStrategy.NO, "eval_on_start": False}
         vars(sibling.args).update(changes)
         # Of the user's callbacks only those that stop early: the others may write, count or report.
         stopping = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
@@ -338,16 +335,17 @@ class HessianRegularizedTrainer(Trainer):
         sibling.control = TrainerControl()
         sibling._scored_prefix = prefix
         sibling.train()
-        if sibling._best_scored is None:
+        scored = sibling._best_scored if self.args.load_best_model_at_end else None
+        if scored is None:
             sibling.compute_metrics = None
             sibling.evaluate(dataset, metric_key_prefix=prefix)
-            sibling._best_scored = sibling._scored
-        if sibling._best_scored is None:
+            scored = sibling._scored
+        if scored is None:
             raise ValueError(
                 f"layer_radius='{AUTO}' needs labels, but a batch of eval_dataset has no '{self.label_names[0]}'; name "
                 "their column with label_names"
             )
-        pairs, classes = sibling._best_scored
+        pairs, classes = scored
         labels, predictions = pairs.numpy().T
         return example_scores(labels, predictions, self._validation_noise, classes)
 

@@ -125,6 +125,7 @@ def test_a_snapshot_restores_all_that_training_changes() -> None:
     assert saved.keys() == {name for name, _ in model.named_parameters()} - {"fc1.bias"}
     drawn = numbers()
     model.train()
+    model.forward = model.forward
     model(torch.randn(4, 6))[0].sum().backward()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -135,6 +136,7 @@ def test_a_snapshot_restores_all_that_training_changes() -> None:
     tiny.assert_equal_weights(tiny.weights(model), before)
     assert not model.training
     assert not model.norm.training
+    assert "forward" not in vars(model)
     assert model.fc2.weight.grad is None
 
 
@@ -360,6 +362,27 @@ def test_early_stopping_takes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(steps) == 5
     assert min(steps[:4]) < 20
     assert steps[4] in steps[:4]
+
+
+def test_a_run_that_stops_early_and_keeps_its_last_epoch_has_candidates_scored_at_theirs(tmp_path: Path) -> None:
+    stopping = EarlyStoppingCallback(early_stopping_patience=1)
+    settings = best_epoch_settings(load_best_model_at_end=False, save_strategy="no")
+    trainer = auto(tmp_path, callbacks=[stopping], **settings)
+    trainer.train()
+    (best,) = [c for c in chosen(trainer).candidates if c.radius == chosen(trainer).radius]
+    last = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+    assert last["eval_clean_accuracy"] == pytest.approx(best.score)
+
+
+def test_a_schedule_that_hangs_on_evaluations_is_that_of_the_run(tmp_path: Path) -> None:
+    settings = best_epoch_settings(
+        load_best_model_at_end=False, save_strategy="no", lr_scheduler_type="reduce_lr_on_plateau", max_steps=6,
+        lr_scheduler_kwargs={"patience": 0}, metric_for_best_model="eval_loss", eval_labels="noisy",
+    )  # fmt: skip
+    trainer = auto(tmp_path, **settings)
+    trainer.train()
+    (best,) = [c for c in chosen(trainer).candidates if c.radius == chosen(trainer).radius]
+    assert trainer.evaluate()["eval_clean_accuracy"] == pytest.approx(best.score)
 
 
 def test_of_several_validation_sets_the_one_that_selects_scores(tmp_path: Path) -> None:

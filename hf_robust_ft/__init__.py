@@ -48,6 +48,7 @@ from .noise import (
     validate_transition,
 )
 from .noise_shape import noise_shape
+from .radius_search import RadiusCandidate, RadiusChoice
 from .reference import ReferenceMismatch, layer_distances
 from .suspects import Suspects, rank_suspects
 from .trainer import HessianRegularizedTrainer
@@ -71,6 +72,8 @@ __all__ = [
     "MeasurementStopped",
     "NotALayer",
     "QuadraticForms",
+    "RadiusCandidate",
+    "RadiusChoice",
     "ReferenceMismatch",
     "RobustTrainingArguments",
     "Suspects",

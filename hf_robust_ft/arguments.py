@@ -16,6 +16,7 @@ LOSS_CORRECTIONS = ("none", "forward", "backward", "nonnegative_backward", "gce"
 RADIUS_NORMS = ("frobenius", "inf_op")
 RADIUS_MODES = ("absolute", "relative")
 EVAL_LABELS = ("noisy", "clean")
+AUTO = "auto"
 
 
 # HfArgumentParser takes the second member of these unions, str, as the type on the command line;
@@ -46,12 +47,14 @@ class RobustTrainingArguments(TrainingArguments):
             "choices": LOSS_CORRECTIONS,
         },
     )
-    layer_radius: float | str | dict[str, float | None] | None = field(
+    layer_radius: float | str | dict[str, float | str | None] | None = field(
         default=None,
         metadata={
             "help": "Radius of the ball around each layer's pretrained weights: a number for all layers (a freshly "
             "initialised head stays free), or JSON {name pattern: radius}, the first match decides, null frees, "
-            "layers without a match are free. None: no constraint."
+            "layers without a match are free. 'auto': before training, one training with each of a few relative "
+            "radii (radius_mode is then 'relative'), and then the one that did best on the noisy eval_dataset; "
+            "in JSON 'auto' stands for one radius. None: no constraint."
         },
     )
     radius_norm: str = field(
@@ -91,10 +94,25 @@ class RobustTrainingArguments(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.noise_transition = _plain_transition(self.noise_transition)
         self.layer_radius = _plain_radius(self.layer_radius)
+        if is_auto(self.layer_radius):
+            self.radius_mode = "relative"  # said here, so that logs and cards say it, too
         _check_choice("loss_correction", self.loss_correction, (None, *LOSS_CORRECTIONS))
         _check_choice("radius_norm", self.radius_norm, RADIUS_NORMS)
         _check_choice("radius_mode", self.radius_mode, RADIUS_MODES)
         _check_choice("eval_labels", self.eval_labels, (None, *EVAL_LABELS))
+
+
+def is_auto(layer_radius: Any) -> bool:
+    """Whether the radius, or one of those by name pattern, is to be chosen."""
+    given = layer_radius.values() if isinstance(layer_radius, Mapping) else [layer_radius]
+    return any(isinstance(value, str) and value == AUTO for value in given)
+
+
+def with_chosen(layer_radius: Any, chosen: float | None) -> Any:
+    """The same with the chosen radius, which is one for all, in the place of ``"auto"``; None frees."""
+    if isinstance(layer_radius, Mapping):
+        return {pattern: with_chosen(value, chosen) for pattern, value in layer_radius.items()}
+    return chosen if is_auto(layer_radius) else layer_radius
 
 
 def _check_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -111,11 +129,11 @@ def _plain_transition(value: Any) -> float | str | list[list[float]] | None:
     return str(value) if isinstance(value, Path) else _number(value)
 
 
-def _plain_radius(value: Any) -> float | dict[str, float | None] | None:
+def _plain_radius(value: Any) -> float | str | dict[str, float | str | None] | None:
     if isinstance(value, Mapping):
         return dict(value)
     value = _number(value)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or value == AUTO:
         return value  # type: ignore[no-any-return]
     try:
         parsed = json.loads(value)
@@ -123,7 +141,8 @@ def _plain_radius(value: Any) -> float | dict[str, float | None] | None:
         parsed = value
     if parsed is not None and not isinstance(parsed, (int, float, dict)):
         raise ValueError(
-            f'layer_radius is {value!r}; give a number or JSON such as \'{{"*encoder.layer.*": 0.3, "*": null}}\''
+            f"layer_radius is {value!r}; give a number, '{AUTO}' or JSON such as "
+            '\'{"*encoder.layer.*": 0.3, "*": null}\''
         )
     return parsed
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-from .arguments import RobustTrainingArguments
+from .arguments import RobustTrainingArguments, is_auto, with_chosen
 from .constraints import LayerConstraints
 from .corrected_loss import CorrectedLoss, loss_type
 
@@ -84,6 +84,7 @@ def make_constraints(
     model: nn.Module,
     *,
     sharded_by: str | None = None,
+    chosen: float | None = None,
     reference: Mapping[str, Tensor] | None = None,
     capture_missing: bool = False,
     fresh: Collection[str] | None = None,
@@ -92,12 +93,15 @@ def make_constraints(
 
     Args:
         sharded_by: what splits the weights over processes, if something does.
+        chosen: the relative radius for ``layer_radius="auto"``; None while it is not chosen, and nothing constrained.
         reference, capture_missing, fresh: see :class:`LayerConstraints`.
 
     Raises:
         ValueError: sharded weights, or what :class:`LayerConstraints` refuses.
     """
-    radius = setting(args, "layer_radius")
+    radius, mode = setting(args, "layer_radius"), setting(args, "radius_mode")
+    if is_auto(radius):
+        radius, mode = with_chosen(radius, chosen), "relative"
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         sharded_by = "a model sharded at load time"
     if radius is not None and sharded_by is not None:
@@ -109,7 +113,7 @@ def make_constraints(
         model,
         radius,
         norm=setting(args, "radius_norm"),
-        mode=setting(args, "radius_mode"),
+        mode=mode,
         growth=setting(args, "radius_growth"),
         reference=reference,
         capture_missing=capture_missing,

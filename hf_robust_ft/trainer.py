@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Iterator
@@ -13,9 +14,16 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+from transformers import DefaultFlowCallback, EarlyStoppingCallback, Trainer, TrainerControl
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    SaveStrategy,
+    TrainOutput,
+)
 
+from .arguments import AUTO, is_auto, with_chosen
 from .callbacks import ProjectionCallback
 from .checkpoint import ConstraintRecord, last_complete_checkpoint
 from .clean_accuracy import CleanAccuracy, clean_accuracy
@@ -34,6 +42,8 @@ from .noisy_evaluation import (
     make_noisy_evaluation,
     noisy_datasets,
 )
+from .radius_search import CANDIDATES, RadiusChoice, Scores, example_scores, search_radius, snapshot, validation_set
+from .radius_search import FILE as CHOICE_FILE
 from .reference import load_reference, reference_digest, save_reference
 
 logger = logging.getLogger(__name__)
@@ -50,6 +60,15 @@ class HessianRegularizedTrainer(Trainer):
     ``noise_transition="estimate"`` estimates T before the first step, from the training labels and the features
     of the frozen backbone (:func:`~hf_robust_ft.estimate_transition`): see :attr:`noise_estimate`, and
     ``transition_estimate.json`` in the output folder, which a resumed run reads again.
+
+    ``layer_radius="auto"`` first trains once with each of a few radii, relative to the norms of the pretrained weights
+    and up to no constraint, and goes on with the one that scores best on ``eval_dataset``: by clean accuracy estimated
+    with T where there is a T (unless ``eval_labels="clean"``), else by accuracy on the labels as they are. Candidates
+    are scored at the epoch that the run would keep: the best with ``load_best_model_at_end``, else the last. They write
+    and report nothing, and of the callbacks only ``EarlyStoppingCallback`` takes part. The training that follows is the
+    one that the radius gives by itself. See :attr:`radius_choice`, and ``radius_choice.json`` in the output folder,
+    which a resumed run reads. It is chosen once for a Trainer; the score of the best is flattered by the choice. One
+    radius has to suit all layers: free those that it does not, as in ``{"*pooler*": None, "*encoder*": "auto"}``.
 
     The balls are centred on the weights of the model given here (or returned by ``model_init``). The
     centres stay in memory, and lie beside the checkpoints for resuming.
@@ -87,16 +106,22 @@ class HessianRegularizedTrainer(Trainer):
         self._evaluated: list[Tensor] | None = None
         self._predicted: list[tuple[Tensor, int]] | None = None
         self._saved_reference: tuple[Path, LayerConstraints] | None = None
+        # Of a candidate of the radius search: what it is scored on, and its predictions, last and at its best epoch.
+        self._scored_prefix: str | None = None
+        self._scored: tuple[Any, int] | None = None
+        self._best_scored: tuple[Any, int] | None = None
+        self.radius_choice: RadiusChoice | None = None
+        """With ``layer_radius="auto"``: the radius and the scores of all candidates, once training has begun."""
         self.noise_estimate: TransitionEstimate | None = None
         """With ``noise_transition="estimate"``: T and its uncertainty, once training or evaluation has begun."""
         self._set_up_correction()
         self._set_up_noisy_evaluation()
         if self._estimates_noise:
             check_estimable(self._model, self.train_dataset, self.label_names)
+        if self._chooses_radius:
+            self._validation_set()
         self._constrained_model = self._model
-        self._projection = ProjectionCallback(
-            make_constraints(self.args, self._constrained_model, sharded_by=self._sharded_by)
-        )
+        self._projection = ProjectionCallback(self._make_constraints(sharded_by=self._sharded_by))
         # First of all callbacks, so that others see projected weights after a step.
         self.callback_handler.callbacks.insert(0, self._projection)
 
@@ -178,7 +203,7 @@ class HessianRegularizedTrainer(Trainer):
                 check_dataset_labels(dataset, self.data_collator, name, classes, argument=argument)
 
     def _set_up_constraints(self) -> None:
-        build = functools.partial(make_constraints, self.args, self._model, sharded_by=self._sharded_by)
+        build = functools.partial(self._make_constraints, sharded_by=self._sharded_by)
         if self._model is self._constrained_model:
             # Weights that have moved are no centre: a second train() of one model keeps the first one's.
             untrained = self.state.global_step == 0
@@ -194,6 +219,10 @@ class HessianRegularizedTrainer(Trainer):
             constraints = build(reference=same, fresh=constraints.fresh)
         self._projection.constraints = constraints
 
+    def _make_constraints(self, **settings: Any) -> LayerConstraints:
+        chosen = None if self.radius_choice is None else self.radius_choice.radius
+        return make_constraints(self.args, self._model, chosen=chosen, **settings)
+
     def _drop_constraints(self) -> None:
         """The old centres go before new ones come: memory for one copy is enough."""
         self._projection.constraints = LayerConstraints(self._model, None)
@@ -204,6 +233,127 @@ class HessianRegularizedTrainer(Trainer):
             return "DeepSpeed"
         # Asked for but ignored (as on a CPU) counts, too: the run would not be the one that was meant.
         return "FSDP" if self.is_fsdp_enabled or self.args.fsdp else None
+
+    # The radius
+
+    @property
+    def _chooses_radius(self) -> bool:
+        return is_auto(setting(self.args, "layer_radius"))
+
+    @property
+    def _validation_noise(self) -> Any:
+        """T of the labels that radii are scored on; None where they count as they are."""
+        return None if setting(self.args, "eval_labels") == "clean" else self._transition
+
+    def _validation_set(self) -> tuple[Any, str]:
+        if self.model_init is None and (self.optimizer is not None or self.lr_scheduler is not None):
+            raise ValueError(
+                f"layer_radius='{AUTO}' trains several times, but optimizers holds an optimizer or a scheduler of one "
+                "training; give optimizer_cls_and_kwargs, or choose them in the arguments (optim, lr_scheduler_type)"
+            )
+        dataset, prefix = validation_set(
+            self.args, self._model, self.label_names, self.eval_dataset, self._validation_noise, self._sharded_by
+        )
+        if (classes := num_classes(self._model, loss_type(self._model))) is not None:
+            name = self.label_names[0]
+            check_dataset_labels(dataset, self.data_collator, name, classes, argument="eval_dataset")
+        return dataset, prefix
+
+    def _choose_radius(self, resumed: str | None) -> None:
+        """Once: by training with each candidate from the weights and the random numbers that training starts from."""
+        if self.radius_choice is not None:
+            return
+        if resumed is not None:
+            self.radius_choice = RadiusChoice.load(Path(resumed).absolute().parent / CHOICE_FILE)
+            return
+        dataset, prefix = self._validation_set()
+        if self._estimates_noise and self.noise_estimate is None:
+            self._estimate_noise()
+            self._set_up_correction()
+            self._set_up_noisy_evaluation()
+        # With model_init each candidate makes its own model.
+        weights, restore = snapshot(self._model if self.model_init is None else None)
+
+        def train_and_score(radius: float) -> Scores:
+            try:
+                return self._train_candidate(radius, weights, dataset, prefix)
+            finally:
+                restore()
+
+        logger.warning(
+            "layer_radius='%s' trains with %d radii before the training itself, which makes it %d times as long; "
+            "give a radius to do without",
+            AUTO,
+            len(CANDIDATES),
+            len(CANDIDATES) + 1,
+        )
+        self.radius_choice = search_radius(
+            train_and_score,
+            score="accuracy" if self._validation_noise is None else "clean_accuracy",
+            seed=self.args.seed,
+            candidates=CANDIDATES,
+            show_progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+        )
+        if self.args.should_save:
+            self.radius_choice.save(Path(str(self.args.output_dir)) / CHOICE_FILE)
+
+    def _train_candidate(self, radius: float, weights: dict[str, Tensor], dataset: Any, prefix: str) -> Scores:
+        """Train this model with a radius, which leaves no trace but in its weights, and score it.
+
+        A sibling trains, that shares all but what a training changes. Where the run keeps its best epoch
+        (``load_best_model_at_end``), the sibling is scored at its own, by the same metric, else at the last.
+        """
+        sibling = copy.copy(self)
+        sibling.args = copy.copy(self.args)
+        # It evaluates when the run will: early stopping and some schedules hang on that, and it draws random numbers.
+        changes: dict[str, Any] = {
+            "layer_radius": with_chosen(setting(self.args, "layer_radius"), radius),
+            "radius_mode": "relative",
+            "save_strategy": SaveStrategy.NO,
+            "load_best_model_at_end": False,
+            "push_to_hub": False,
+            "report_to": [],
+        }
+        vars(sibling.args).update(changes)
+        # Of the user's callbacks only those that stop early: the others may write, count or report.
+        stopping = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        constraints = self.constraints
+        if self.model_init is None:  # else its own model will have its own
+            # The copy that the weights are restored from serves as the centres: no second one is made.
+            centres = weights if self.state.global_step == 0 else constraints.reference
+            constraints = make_constraints(
+                sibling.args, self._model, sharded_by=self._sharded_by, reference=centres, fresh=constraints.fresh
+            )
+        sibling._projection = ProjectionCallback(constraints)
+        sibling.callback_handler = CallbackHandler(  # type: ignore[no-untyped-call]
+            [sibling._projection, DefaultFlowCallback(), *copy.deepcopy(stopping)],
+            self.model,
+            self.processing_class,
+            None,
+            None,
+        )
+        sibling.control = TrainerControl()
+        sibling._scored_prefix = prefix
+        sibling.train()
+        scored = sibling._best_scored if self.args.load_best_model_at_end else None
+        if scored is None:
+            sibling.compute_metrics = None
+            sibling.evaluate(dataset, metric_key_prefix=prefix)
+            scored = sibling._scored
+        if scored is None:
+            raise ValueError(
+                f"layer_radius='{AUTO}' needs labels, but a batch of eval_dataset has no '{self.label_names[0]}'; name "
+                "their column with label_names"
+            )
+        pairs, classes = scored
+        labels, predictions = pairs.numpy().T
+        return example_scores(labels, predictions, self._validation_noise, classes)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best:
+            self._best_scored = self._scored
+        return is_best
 
     # The loss
 
@@ -290,7 +440,8 @@ class HessianRegularizedTrainer(Trainer):
         outer = self._evaluated, self._predicted  # compute_metrics may itself predict
         self._evaluated = [] if self._corrected is not None else None
         asked = self._noise is not None and estimates_clean_accuracy(self.args, metric_key_prefix)
-        self._predicted = [] if asked else None
+        scored = self._scored_prefix == metric_key_prefix
+        self._predicted = [] if asked or scored else None
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -300,7 +451,9 @@ class HessianRegularizedTrainer(Trainer):
             if self._evaluated:
                 losses, targets = torch.cat(self._evaluated).double().sum(0).tolist()
                 metrics[f"{metric_key_prefix}_corrected_loss"] = losses / max(targets, 1)
-            if self._predicted:
+            if self._predicted and scored:
+                self._scored = torch.cat([pairs for pairs, _ in self._predicted]), self._predicted[0][1]
+            if self._predicted and asked:
                 metrics.update(clean_accuracy_metrics(self._clean_accuracy(), metric_key_prefix, metrics))
         finally:
             self._evaluated, self._predicted = outer
@@ -334,6 +487,13 @@ class HessianRegularizedTrainer(Trainer):
             written = Path(resume_from_checkpoint).absolute().parent / ESTIMATE_FILE
             if written.is_file():
                 self.noise_estimate = TransitionEstimate.load(written)
+        if self._chooses_radius:
+            if trial is not None:
+                raise ValueError(
+                    f"layer_radius='{AUTO}' is a search by itself; in hyperparameter_search let hp_space choose "
+                    "layer_radius, with radius_mode='relative' in the arguments"
+                )
+            self._choose_radius(resume_from_checkpoint or None)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -353,7 +513,7 @@ class HessianRegularizedTrainer(Trainer):
         record = ConstraintRecord.load(checkpoint)
         self._drop_constraints()
         reference = load_reference(checkpoint.parent, record.reference_sha256)
-        self._projection.constraints = make_constraints(self.args, self._model, reference=reference, fresh=record.fresh)
+        self._projection.constraints = self._make_constraints(reference=reference, fresh=record.fresh)
         if record.radius_norm != self.constraints.norm or record.radii != self.constraints.radii:
             logger.warning("the radii differ from those of the checkpoint; training goes on with the new ones")
 

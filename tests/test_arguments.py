@@ -39,6 +39,12 @@ def test_radii_on_a_command_line(tmp_path: Path, word: str, value: Any) -> None:
     assert parse(tmp_path, "--layer_radius", word).layer_radius == value
 
 
+def test_an_automatic_radius_is_relative(tmp_path: Path) -> None:
+    for word, value in (("auto", "auto"), ('{"*.layer.*": "auto", "*": null}', {"*.layer.*": "auto", "*": None})):
+        parsed = parse(tmp_path, "--layer_radius", word)
+        assert (parsed.layer_radius, parsed.radius_mode) == (value, "relative")
+
+
 @pytest.mark.parametrize(
     ("word", "value"), [("0.4", 0.4), ("T.npy", "T.npy"), ("[[0.9, 0.1], [0, 1]]", "[[0.9, 0.1], [0, 1]]")]
 )
@@ -71,8 +77,8 @@ def test_help_explains_every_argument(capsys: pytest.CaptureFixture[str]) -> Non
         ),
         ({"radius_norm": "l2"}, "radius_norm is 'l2'; choose one of 'frobenius', 'inf_op'"),
         ({"radius_mode": "rel"}, "radius_mode is 'rel'"),
-        ({"layer_radius": "[0.3]"}, r"layer_radius is '\[0.3\]'; give a number or JSON"),
-        ({"layer_radius": "{'a': 1}"}, "give a number or JSON"),
+        ({"layer_radius": "[0.3]"}, r"layer_radius is '\[0.3\]'; give a number, 'auto' or JSON"),
+        ({"layer_radius": "{'a': 1}"}, "give a number, 'auto' or JSON"),
     ],
 )
 def test_bad_values_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:

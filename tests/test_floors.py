@@ -43,6 +43,7 @@ FLOORS = {
     "recommendation": 3,
     "__main__": 4,
     "cli": 4,
+    "radius_search": 3,
     "trainer": 4,
 }
 NOT_ON_FLOOR_1 = {"transformers", "accelerate", "datasets", "evaluate", "huggingface_hub"}

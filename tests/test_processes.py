@@ -51,8 +51,8 @@ def _results(out: Path, name: str, processes: int) -> list[Any]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
-    _run(out, 1, "gradients", "evaluation", "base", "estimate")
-    _run(out, 2, "gradients", "evaluation", "head", "estimate")
+    _run(out, 1, "gradients", "evaluation", "base", "estimate", "radius")
+    _run(out, 2, "gradients", "evaluation", "head", "estimate", "radius")
     return out
 
 
@@ -129,6 +129,16 @@ def test_two_processes_estimate_what_one_does(runs: Path) -> None:
         assert row == pytest.approx(expected, abs=1e-4)
     assert [alone["transition"][i][i] for i in range(3)] == pytest.approx([0.8] * 3, abs=0.2)
     assert (runs / "estimate-2" / "transition_estimate.json").is_file()
+
+
+def test_two_processes_choose_the_radius_that_one_does(runs: Path) -> None:
+    (alone,) = _results(runs, "radius", 1)
+    first, second = _results(runs, "radius", 2)
+    assert first == second
+    assert first["choice"] == alone["choice"]
+    assert first["auto"] == first["given"]
+    _same_weights(first["auto"], alone["auto"])
+    assert (runs / "radius-2" / "radius_choice.json").is_file()
 
 
 def test_fsdp_beside_a_radius_is_refused(tmp_path: Path) -> None:

@@ -228,6 +228,33 @@ def estimate(out: Path) -> dict[str, Any]:
     return {"transition": found.transition.tolist(), "n": found.n, "weights": flat(trainer.model)}
 
 
+def radius(out: Path) -> dict[str, Any]:
+    """The radius chosen on 11 examples, which two processes can't share evenly, and the same radius given."""
+    results: dict[str, Any] = {}
+    for name in ("auto", "given"):
+        settings = arguments(
+            out / f"radius-{PROCESSES}",
+            layer_radius="auto" if name == "auto" else results["radius"],
+            radius_mode="relative",
+            noise_transition=NOISE,
+            per_device_train_batch_size=8 // PROCESSES,
+            per_device_eval_batch_size=2,
+            learning_rate=0.01,
+            max_steps=STEPS,
+        )
+        trainer = HessianRegularizedTrainer(
+            build("sequence"),
+            settings,
+            train_dataset=examples("sequence", 8 * STEPS),
+            eval_dataset=examples("sequence", 11),
+        )
+        trainer.train()
+        if trainer.radius_choice is not None:
+            results |= {"radius": trainer.radius_choice.radius, "choice": str(trainer.radius_choice)}
+        results[name] = flat(trainer.model)
+    return results
+
+
 class CountSteps(TrainerCallback):
     def __init__(self) -> None:
         self.steps = 0
@@ -255,7 +282,8 @@ def sharded(out: Path) -> dict[str, Any]:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    functions = {function.__name__: function for function in (gradients, evaluation, base, head, estimate, sharded)}
+    tasks = (gradients, evaluation, base, head, estimate, radius, sharded)
+    functions = {function.__name__: function for function in tasks}
     for name in sys.argv[3:]:
         result = functions[name](out)
         (out / f"{name}-{PROCESSES}-{RANK}.json").write_text(json.dumps(result))

@@ -41,9 +41,9 @@ class RobustTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "How T corrects the cross entropy: 'forward' (stable), 'backward' (unbiased for the clean loss, "
-            "but unbounded below), 'nonnegative_backward' (the risk of each class in a batch cut off at 0), or 'none'. "
-            "'gce' is generalized cross entropy, which needs no T. Default: 'forward' with noise_transition, else "
-            "'none'.",
+            "but unbounded below), 'nonnegative_backward' (the risk of each class in a micro-batch, which should hold "
+            "several examples a class, cut off at 0), or 'none'. 'gce' is generalized cross entropy, which needs no "
+            "T. Default: 'forward' with noise_transition, else 'none'.",
             "choices": LOSS_CORRECTIONS,
         },
     )

@@ -136,7 +136,7 @@ def clean_accuracy(
     """
     matrix = load_transition(transition)
     table = count_pairs(noisy_labels, predictions, len(matrix))
-    samples = None if transition_samples is None else _read_samples(transition_samples, matrix.shape, confidence)
+    samples = None if transition_samples is None else _read_samples(transition_samples, matrix, confidence)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; it is a probability between 0 and 1, such as 0.95")
     n = int(table.sum())
@@ -241,20 +241,22 @@ def count_pairs(noisy_labels: npt.ArrayLike, predictions: npt.ArrayLike, num_cla
     return counts.reshape(num_classes, num_classes)
 
 
-def _read_samples(samples: npt.ArrayLike, shape: tuple[int, ...], confidence: float) -> Matrix:
+def _read_samples(samples: npt.ArrayLike, matrix: Matrix, confidence: float) -> Matrix:
     """The draws of T that are invertible, [B, K, K]."""
     drawn = np.asarray(samples, dtype=np.float64)
-    if drawn.ndim != 3 or drawn.shape[1:] != shape or len(drawn) < 2:
+    if drawn.ndim != 3 or drawn.shape[1:] != matrix.shape or len(drawn) < 2:
         raise ValueError(
-            f"transition_samples have shape {drawn.shape}; give draws of T stacked, [B, {shape[0]}, {shape[1]}], "
+            f"transition_samples have shape {drawn.shape}; give draws of T stacked, [B, {len(matrix)}, {len(matrix)}], "
             "two at least (hundreds, for a reliable spread)"
         )
-    for index, matrix in enumerate(drawn):
+    for index, draw in enumerate(drawn):
         try:
-            validate_transition(matrix)
+            validate_transition(draw)
         except ValueError as error:
             raise ValueError(f"transition_samples[{index}] is no transition matrix: {error}") from None
-    invertible = np.linalg.cond(drawn) <= MAX_CONDITION_NUMBER
+    # Between T and a draw whose determinant has the other sign lies a singular matrix.
+    signs = np.sign(np.linalg.det(drawn))
+    invertible = (np.linalg.cond(drawn) <= MAX_CONDITION_NUMBER) & (signs == np.sign(np.linalg.det(matrix)))
     singular = 1 - invertible.mean()
     if singular > (1 - confidence) / 2:
         raise ValueError(

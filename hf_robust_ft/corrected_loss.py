@@ -11,6 +11,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .losses import (
+    GCE_Q,
     backward_corrected,
     cross_entropy,
     forward_corrected,
@@ -105,9 +106,12 @@ class CorrectedLoss:
         return losses.reshape(len(labels), -1).sum(1), kept.reshape(len(labels), -1).sum(1)
 
     def fisher(self, logits: Tensor, labels: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        """Fisher information of the noisy class probabilities ``q = Tᵀ softmax(z)`` along tangents of the logits.
+        """What stands in for the Hessian in the logits where that is indefinite, along tangents of the logits.
 
-        ``Σ_y q_y (∂ log q_y)² = Σ_y (∂q_y)² / q_y``, whatever the labels are.
+        For forward correction the Fisher information of the noisy class probabilities ``q = Tᵀ softmax(z)``,
+        ``Σ_y q_y (∂ log q_y)² = Σ_y (∂q_y)² / q_y``, whatever the labels are. For generalized cross entropy, a concave
+        function of the cross entropy, that function's slope times the Hessian of the cross entropy: ``p_ỹ^q`` times
+        ``Var_p(∂z)``.
 
         Returns:
             For each example the sum over its targets, and their number, [B] each.
@@ -115,12 +119,16 @@ class CorrectedLoss:
         logits, labels = self._logits_and_labels(logits, labels)
         if self.shift:
             tangents = tangents[..., :-1, :]
-        transition = torch.as_tensor((self.matrices or self._build(logits.shape[-1]))[0]).to(logits)
-        p = torch.softmax(logits, dim=-1)
-        q = p @ transition
-        change = (p * (tangents - (p * tangents).sum(-1, keepdim=True))) @ transition
         kept = labels != IGNORE_INDEX
-        information = torch.where(q > 0, change.square() / q, 0).sum(-1) * kept
+        p = torch.softmax(logits, dim=-1)
+        centred = tangents - (p * tangents).sum(-1, keepdim=True)
+        if self.correction == "gce":
+            slope = 1 - GCE_Q * generalized_cross_entropy(logits, labels)
+            information = slope * (p * centred.square()).sum(-1) * kept
+        else:
+            transition = torch.as_tensor((self.matrices or self._build(logits.shape[-1]))[0]).to(logits)
+            q, change = p @ transition, (p * centred) @ transition
+            information = torch.where(q > 0, change.square() / q, 0).sum(-1) * kept
         return information.reshape(len(labels), -1).sum(1), kept.reshape(len(labels), -1).sum(1)
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -198,7 +206,7 @@ def find_logits(outputs: Any) -> Tensor:
 def loss_type(model: nn.Module) -> str | None:
     """transformers' name for the loss of a model; None for models from elsewhere."""
     model = getattr(model, "_orig_mod", model)  # torch.compile
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "get_base_model"):  # PEFT
         model = model.get_base_model()  # type: ignore[operator]
     names = [kind.__name__ for kind in type(model).__mro__]
     # A model names its loss after its class, and then a user's subclass, or GPT2LMHeadModel, has no name for it.

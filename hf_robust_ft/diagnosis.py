@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from .estimation import TransitionEstimate, estimate_transition
 from .estimation.inputs import check_class_labels, check_every_class
-from .estimation.verdict import FEW_EXAMPLES, LEVEL, NOTABLE_EFFECT
+from .estimation.verdict import FEW_EXAMPLES, LEVEL, NOTABLE_EFFECT, noise_level
 from .features import one_class_an_example
 from .frozen_features import backbone_of, frozen_features
 from .heat_map import save_heat_map
 from .layers import find_layers
 from .noise import Matrix
-from .noise_estimate import FILE, MOST_EXAMPLES, surely_identifiable
+from .noise_estimate import FILE, MOST_EXAMPLES
 from .noise_shape import noise_shape
 from .raw_examples import (
     BATCH_SIZE,
@@ -35,7 +35,7 @@ from .raw_examples import (
     read_labels,
     reading_order,
 )
-from .recommendation import as_code, as_flags, noise_level, radius_for, recommend
+from .recommendation import as_code, as_flags, radius_for, recommend
 from .suspects import rank_suspects
 
 FORMAT = "hf_robust_ft.Diagnosis/1"
@@ -330,7 +330,7 @@ def diagnose(
         classes=classes,
         shape=shape,
         explained=explained,
-        identifiable=surely_identifiable(estimate),
+        identifiable=estimate.identifiable,
         estimate=estimate,
         rows=rows,
         labels=labels,
@@ -345,7 +345,7 @@ def diagnose(
 
 def _shape(estimate: TransitionEstimate) -> tuple[str, float]:
     """A key of ``SHAPES``, and the share of the wrong labels that it explains."""
-    if noise_level(estimate) == "none":
+    if noise_level(estimate.noise_rate, estimate.noise_rate_interval, estimate.n, len(estimate.transition)) == "none":
         return "none", 1.0
     # Both p and effect: with enough examples, the misfit of a linear head is significant, too.
     enough = estimate.n >= TESTED_EXAMPLES_A_CLASS * len(estimate.transition)

@@ -67,6 +67,12 @@ def make_corrected_loss(
         raise ValueError(f"loss_correction needs one label, but label_names is {label_names}; name the one to correct")
     kind = loss_type(model)
     loss = CorrectedLoss(correction, transition, num_classes=num_classes(model, kind), shift=kind == "ForCausalLM")
+    if correction == "nonnegative_backward" and args.per_device_train_batch_size < (loss.num_classes or 2):
+        logger.warning(
+            "nonnegative_backward cuts off the risk of each class in a micro-batch: of %d examples, that of most "
+            "classes. Give per_device_train_batch_size several examples a class, or use loss_correction='forward'",
+            args.per_device_train_batch_size,
+        )
     if correction == "backward" and loss.matrices is not None:
         inverse = loss.matrices[1]
         if inverse.condition_number > WARN_CONDITION_NUMBER:

@@ -18,7 +18,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
         ValueError: a model without one.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "get_base_model"):  # PEFT
         model = model.get_base_model()  # type: ignore[operator]
     base = getattr(model, "base_model", None)
     if not isinstance(base, nn.Module) or base is model:
@@ -48,7 +48,8 @@ def frozen_features(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, t
         ValueError: a model without a backbone, or one whose output is neither of these.
     """
     base = backbone_of(model)
-    device = next(base.parameters()).device
+    weight = next(base.parameters())
+    device, dtype = weight.device, weight.dtype
     accepted = inspect.signature(base.forward).parameters
     modes = {module: module.training for module in base.modules()}
     base.eval()
@@ -56,6 +57,7 @@ def frozen_features(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, t
     try:
         for batch in tqdm(batches, desc="features", total=total, delay=5, disable=None):
             inputs = {k: v.to(device) for k, v in batch.items() if k in accepted and isinstance(v, Tensor)}
+            inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
             rows.append(_pooled(base(**inputs), inputs.get("attention_mask")).float().cpu())
     finally:
         for module, mode in modes.items():

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from .noise import IGNORE_INDEX
 
+# The choice of Zhang & Sabuncu 2018 for all their experiments.
+GCE_Q = 0.7
+
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Plain cross entropy of each example.
@@ -89,7 +92,7 @@ def nonnegative_backward(logits: Tensor, labels: Tensor, inverse: Tensor) -> Ten
     return risks.clamp(min=0).sum()
 
 
-def generalized_cross_entropy(logits: Tensor, labels: Tensor, q: float = 0.7) -> Tensor:
+def generalized_cross_entropy(logits: Tensor, labels: Tensor, q: float = GCE_Q) -> Tensor:
     """``(1 - p_ỹ^q) / q``: between cross entropy (q → 0) and mean absolute error (q = 1); needs no T.
 
     Zhang & Sabuncu, *Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels*, NeurIPS
@@ -98,7 +101,7 @@ def generalized_cross_entropy(logits: Tensor, labels: Tensor, q: float = 0.7) ->
     Args:
         logits: z, [..., K].
         labels: noisy labels ỹ, int64 [...]; -100 gives 0.
-        q: in (0, 1]; 0.7 is the authors' choice for all their experiments.
+        q: in (0, 1].
 
     Returns:
         [...], in [0, 1/q], at least float32.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,8 @@ from transformers import TrainingArguments
 from .estimation import TransitionEstimate, estimate_transition
 from .features import one_class_an_example
 from .frozen_features import backbone_of, frozen_features
-from .noise import IGNORE_INDEX, MAX_CONDITION_NUMBER
+from .noise import IGNORE_INDEX
+from .radius_search import snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -27,21 +29,20 @@ FILE = "transition_estimate.json"
 # Errors of T hardly fall beyond (recipes/RESULTS.md), and the time goes on growing.
 MOST_EXAMPLES = 10_000
 
-# Draws of T that carry its uncertainty into clean accuracy.
-DRAWS = 200
 
-
-def check_estimable(model: nn.Module, dataset: Any, label_names: list[str]) -> None:
+def check_estimable(model: nn.Module, dataset: Any, label_names: list[str], world_size: int = 1) -> None:
     """Refuse what T can't be estimated for.
 
     Raises:
-        ValueError: no training set, or one without a length; several label columns; a model without a backbone, or
-            one that does not predict one class an example.
+        ValueError: no training set, one without a length or with fewer examples than processes; several label
+            columns; a model without a backbone, or one that does not predict one class an example.
     """
     asked = f"noise_transition='{ESTIMATE}'"
     if dataset is None or not hasattr(dataset, "__len__"):
         what = "train_dataset is None" if dataset is None else f"{type(dataset).__name__} has no length"
         raise ValueError(f"{asked} needs a train_dataset with a length, but {what}; give T itself, or such a data set")
+    if len(dataset) < world_size:
+        raise ValueError(f"{asked} has {len(dataset)} examples for {world_size} processes; give more examples")
     one_class_an_example(model, label_names, asked)
     backbone_of(model)
 
@@ -70,16 +71,25 @@ def estimate_noise(
         batch_size=args.per_device_eval_batch_size,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
-        generator=torch.Generator(),  # else the training batches would be others
     )
     labels: list[torch.Tensor] = []
 
     def batches() -> Iterator[Mapping[str, Any]]:
         for batch in loader:
+            if label_name not in batch:
+                raise ValueError(
+                    f"noise_transition='{ESTIMATE}' needs '{label_name}', but the batch has {', '.join(batch)}; name "
+                    "the column of the labels with label_names"
+                )
             labels.append(batch[label_name])
             yield batch
 
-    features = frozen_features(model, batches(), total=len(loader)).numpy()
+    # Loaders and random transforms draw numbers, and training shall go on as with a T that was given.
+    _, restore = snapshot(None)
+    try:
+        features = frozen_features(model, batches(), total=len(loader)).numpy()
+    finally:
+        restore()
     parts = gather_object([(features, torch.cat(labels).cpu().numpy())])
     message: list[Any] = [None]
     if args.process_index == 0:
@@ -91,11 +101,14 @@ def estimate_noise(
             estimate = estimate_transition(x[kept], y[kept], num_classes=num_classes, seed=args.seed)
             estimate.save(Path(str(args.output_dir)) / FILE)
             message = [estimate]
-        except ValueError as error:
+        except (ValueError, OSError, ArithmeticError, MemoryError) as error:  # the other processes wait
             message = [error]
     found = broadcast_object_list(message)[0]
     if isinstance(found, ValueError):
-        raise ValueError(f"noise_transition='{ESTIMATE}': {found}") from found
+        drawn = f" ({MOST_EXAMPLES} of {len(dataset)} examples were drawn)" if len(chosen) < len(dataset) else ""
+        raise ValueError(f"noise_transition='{ESTIMATE}': {found}{drawn}") from found
+    if isinstance(found, Exception):
+        raise found
     assert isinstance(found, TransitionEstimate)
     logger.info("%s", found)
     check_identifiable(found)
@@ -108,22 +121,16 @@ def check_identifiable(estimate: TransitionEstimate) -> None:
     Raises:
         ValueError: it may.
     """
-    if not surely_identifiable(estimate):
+    if not estimate.identifiable:
         raise ValueError(
             f"noise_transition='{ESTIMATE}': {estimate.verdict} (The estimate is in {FILE}.) Train without T "
             "(loss_correction='gce' with noise_transition=None), give T, or more examples"
         )
 
 
-def surely_identifiable(estimate: TransitionEstimate) -> bool:
-    """Whether T is regular throughout its interval and in (nearly) all draws about it."""
-    singular = (np.linalg.cond(transition_draws(estimate)) > MAX_CONDITION_NUMBER).mean()
-    return estimate.identifiable and bool(singular <= 0.01)
-
-
-def transition_draws(estimate: TransitionEstimate) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Draws of T about its estimate, [200, K, K]: normal with the bootstrap's errors, rows put back on the simplex."""
-    normal = np.random.default_rng(estimate.seed).standard_normal((DRAWS, *estimate.transition.shape))
-    drawn = np.clip(estimate.transition + estimate.standard_error * normal, 1e-9, None)
-    rows: np.ndarray[Any, np.dtype[np.float64]] = drawn / drawn.sum(-1, keepdims=True)
-    return rows
+def saved_estimate(source: Any) -> TransitionEstimate | None:
+    """The estimate that a path leads to; None for anything else that ``noise_transition`` may be."""
+    if not isinstance(source, (str, Path)) or not str(source).endswith(".json") or not Path(source).is_file():
+        return None
+    content = json.loads(Path(source).read_text(encoding="utf-8"))
+    return TransitionEstimate.from_dict(content, str(source)) if isinstance(content, dict) else None

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from .estimation import TransitionEstimate
-from .estimation.verdict import LITTLE_NOISE
-from .noise_estimate import surely_identifiable
+from .estimation.verdict import noise_level
 
 
 class Recommendation(NamedTuple):
@@ -19,19 +17,6 @@ class Recommendation(NamedTuple):
     arguments: dict[str, Any]
     """Of :class:`RobustTrainingArguments`, beside the user's own; empty: plain fine-tuning is enough."""
     reason: str
-
-
-def noise_level(estimate: TransitionEstimate) -> Literal["none", "perhaps", "noise"]:
-    """Whether there is noise, given that clean labels don't look quite clean.
-
-    Of clean labels a linear head takes some for wrong, the more the fewer examples a class has to learn from. Measured
-    on both shared data sets: 1 % at 500 a class, 2 to 5 % at 100, 5 to 11 % at 30. Less than ``0.65 / √(examples a
-    class)``, and less than 5 % at any size, is no noise that could be told from none.
-    """
-    least = max(LITTLE_NOISE, 0.65 / math.sqrt(estimate.n / len(estimate.transition)))
-    if estimate.noise_rate < least:
-        return "none"
-    return "perhaps" if estimate.noise_rate_interval[0] < least / 2 else "noise"
 
 
 def recommend(estimate: TransitionEstimate, depends_on_example: bool, radius: Any) -> Recommendation:
@@ -43,7 +28,7 @@ def recommend(estimate: TransitionEstimate, depends_on_example: bool, radius: An
         radius: the relative ``layer_radius`` for this model.
     """
     low, high = estimate.noise_rate_interval
-    level = noise_level(estimate)
+    level = noise_level(estimate.noise_rate, (low, high), estimate.n, len(estimate.transition))
     constrained = {"layer_radius": radius, "radius_mode": "relative"}
     if level == "none":
         # A ball that holds a model back from wrong labels holds it back from right ones, too.
@@ -55,7 +40,7 @@ def recommend(estimate: TransitionEstimate, depends_on_example: bool, radius: An
             f"Perhaps noise (between {low:.0%} and {high:.0%}), too few examples to correct for it: a ball around each "
             "layer needs no matrix.",
         )
-    if depends_on_example or not surely_identifiable(estimate):
+    if depends_on_example or not estimate.identifiable:
         # Forward correction assumes noise of a known matrix that depends on the class alone; neither of these two does.
         why = "depends on more than the class" if depends_on_example else "may make T singular"
         return Recommendation(

@@ -33,7 +33,7 @@ from .data import check_dataset_labels
 from .estimation import TransitionEstimate
 from .features import make_constraints, make_corrected_loss, num_classes, requires_argument, setting
 from .noise import load_transition
-from .noise_estimate import ESTIMATE, check_estimable, estimate_noise, transition_draws
+from .noise_estimate import ESTIMATE, check_estimable, estimate_noise, saved_estimate
 from .noise_estimate import FILE as ESTIMATE_FILE
 from .noisy_evaluation import (
     clean_accuracy_metrics,
@@ -117,7 +117,7 @@ class HessianRegularizedTrainer(Trainer):
         self._set_up_correction()
         self._set_up_noisy_evaluation()
         if self._estimates_noise:
-            check_estimable(self._model, self.train_dataset, self.label_names)
+            check_estimable(self._model, self.train_dataset, self.label_names, self.args.world_size)
         if self._chooses_radius:
             self._validation_set()
         self._constrained_model = self._model
@@ -167,7 +167,7 @@ class HessianRegularizedTrainer(Trainer):
         """Once: from the features that the model has before training."""
         if not self._estimates_noise or self.noise_estimate is not None:
             return
-        check_estimable(self._model, self.train_dataset, self.label_names)
+        check_estimable(self._model, self.train_dataset, self.label_names, self.args.world_size)
         dataset, collate = self.train_dataset, self.data_collator
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="noise estimation")
@@ -175,6 +175,13 @@ class HessianRegularizedTrainer(Trainer):
             collate = self._get_collator_with_removed_columns(collate, description="noise estimation")
         classes = num_classes(self._model, loss_type(self._model))
         self.noise_estimate = estimate_noise(self._model, dataset, collate, self.label_names[0], classes, self.args)
+
+    def _read_estimate(self, folder: Path) -> None:
+        """Take the estimate that a run wrote there, if there is one, and write it to this run's folder, too."""
+        if self.noise_estimate is None and (folder / ESTIMATE_FILE).is_file():
+            self.noise_estimate = TransitionEstimate.load(folder / ESTIMATE_FILE)
+            if self.args.should_save:
+                self.noise_estimate.save(Path(str(self.args.output_dir)) / ESTIMATE_FILE)
 
     def _set_up_correction(self) -> None:
         if self._corrected is None or self.compute_loss_func is not self._corrected:
@@ -434,6 +441,12 @@ class HessianRegularizedTrainer(Trainer):
         and ``preprocess_logits_for_metrics``, ``batch_eval_metrics`` and ``prediction_loss_only`` make no difference.
         """
         if self._estimates_noise and self.noise_estimate is None:
+            self._read_estimate(Path(str(self.args.output_dir)))
+            if self.noise_estimate is None:
+                logger.warning(
+                    "T is estimated from the features of the model as it is now: if it was trained on these labels, "
+                    "they look clean to it. Give noise_transition the path of the estimate made before training"
+                )
             self._estimate_noise()
             self._set_up_correction()
             self._set_up_noisy_evaluation()
@@ -462,7 +475,9 @@ class HessianRegularizedTrainer(Trainer):
     def _clean_accuracy(self) -> CleanAccuracy:
         assert self._predicted  # what is called only then
         labels, predictions = torch.cat([pairs for pairs, _ in self._predicted]).numpy().T
-        draws = None if self.noise_estimate is None else transition_draws(self.noise_estimate)
+        source = setting(self.args, "noise_transition")
+        estimate = self.noise_estimate if self._estimates_noise else saved_estimate(source)
+        draws = None if estimate is None else estimate.draws
         transition = load_transition(self._noise, self._predicted[0][1])
         return clean_accuracy(predictions, labels, transition, transition_samples=draws)
 
@@ -482,11 +497,9 @@ class HessianRegularizedTrainer(Trainer):
                     f"No valid checkpoint found in output directory ({self.args.output_dir}): there is none, or each "
                     "was cut off while being written. Start anew with resume_from_checkpoint=None"
                 )
-        if self._estimates_noise and self.noise_estimate is None and isinstance(resume_from_checkpoint, str):
+        if self._estimates_noise and resume_from_checkpoint:
             # The model may be that of a checkpoint: then its features are no longer those that T came from.
-            written = Path(resume_from_checkpoint).absolute().parent / ESTIMATE_FILE
-            if written.is_file():
-                self.noise_estimate = TransitionEstimate.load(written)
+            self._read_estimate(Path(resume_from_checkpoint).absolute().parent)
         if self._chooses_radius:
             if trial is not None:
                 raise ValueError(

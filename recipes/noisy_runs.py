@@ -173,12 +173,15 @@ def name_classes(train: Dataset, test: Dataset, column: str) -> tuple[Dataset, D
 
     Numbers in their own order, not that of their names: it is that of the rows of a transition matrix.
     """
-    classes = ClassLabel(names=[str(label) for label in sorted(set(train[column]))])
+    found = sorted(set(train[column]))
+    classes, numbers = ClassLabel(names=[str(label) for label in found]), {label: i for i, label in enumerate(found)}
+    if unknown := sorted(set(test[column]) - set(found)):
+        raise ValueError(f"the test labels {unknown[:10]} do not occur in training; leave these examples out")
 
     def encode(part: Dataset) -> Dataset:
         features = part.features.copy()
         features[column] = classes
-        return part.map(lambda label: {column: classes.str2int(str(label))}, input_columns=column, features=features)
+        return part.map(lambda label: {column: numbers[label]}, input_columns=column, features=features)
 
     return encode(train), encode(test)
 
@@ -229,7 +232,7 @@ def train(method: str, seed: int, task: Task, recipe: RunArguments, arguments: R
 
     arguments = copy(arguments)
     if recipe.validation_samples:
-        arguments.metric_for_best_model = SELECTED_ON
+        arguments.metric_for_best_model, arguments.greater_is_better = SELECTED_ON, True
     arguments.seed, arguments.noise_transition = seed, transition
     arguments.output_dir = str(Path(arguments.output_dir) / f"{method}-{seed}")
     for name, value in METHODS[method].items():

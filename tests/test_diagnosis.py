@@ -36,7 +36,8 @@ from hf_robust_ft import (
 )
 from hf_robust_ft.cli import main
 from hf_robust_ft.diagnosis import _shape
-from hf_robust_ft.recommendation import as_code, as_flags, noise_level, radius_for, recommend
+from hf_robust_ft.estimation.verdict import noise_level
+from hf_robust_ft.recommendation import as_code, as_flags, radius_for, recommend
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -414,8 +415,8 @@ def test_recommendations_follow_what_was_measured(flipped: tuple[Dataset, Diagno
     radius = {"layer_radius": 0.01, "radius_mode": "relative"}
     assert recommend(with_rate(0.03), False, 0.01).arguments == {}
     # So much is what clean labels look like, at few examples.
-    assert noise_level(with_rate(0.09, n=90)) == "none"
-    assert noise_level(with_rate(0.09)) == "noise"
+    assert noise_level(0.09, (0.07, 0.11), 90, 3) == "none"
+    assert noise_level(0.09, (0.07, 0.11), 3000, 3) == "noise"
     assert recommend(with_rate(0.10, 0.05), False, 0.01).arguments == radius
     forward = {"noise_transition": "estimate", "loss_correction": "forward", **radius}
     assert recommend(with_rate(0.3), False, 0.01).arguments == forward

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mixture import mixture, row_tv
+from mixture import draw, mixture, row_tv
 
 from hf_robust_ft import (
     TransitionEstimate,
@@ -228,4 +228,43 @@ def test_what_cannot_be_estimated_from_is_refused(changes: dict[str, Any], messa
     ],
 )
 def test_the_verdict(rate: float, interval: tuple[float, float], p_value: float, effect: float, expected: str) -> None:
-    assert expected in write_verdict(rate, interval, (0.3, 0.5), np.full(3, 100.0), p_value, effect)
+    assert expected in write_verdict(rate, interval, (0.3, 0.5), np.full(3, 100.0), 1500, p_value, effect)
+
+
+def test_draws_lie_about_the_estimate_with_its_errors() -> None:
+    features, labels, _ = mixture(1500, num_classes=3)
+    noisy = draw(symmetric_transition(3, 0.3)[labels], seed=1)
+    found = estimate_transition(features, noisy, bootstrap=60)
+    assert found.draws.shape == (60, 3, 3)
+    np.testing.assert_allclose(found.draws.sum(2), 1, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.draws.mean(0), found.transition, rtol=0, atol=0.01)
+    np.testing.assert_allclose(found.draws.std(0, ddof=1), found.standard_error, rtol=0.1)
+
+
+@pytest.mark.parametrize("features", [np.ones((90, 4)), np.zeros((90, 2)), 1e10 * np.ones((90, 4))])
+def test_features_that_do_not_vary_are_refused(features: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="features are the same for all examples"):
+        estimate_transition(features, np.arange(90) % 3)
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(1e-12, 0.0), (1e100, 0.0), (1.0, 1e6)])
+def test_scale_and_place_of_the_features_make_no_difference(factor: float, shift: float) -> None:
+    features, labels, _ = mixture(600, num_classes=3)
+    noisy = draw(symmetric_transition(3, 0.2)[labels], seed=1)
+    expected = estimate_transition(features, noisy, bootstrap=10)
+    found = estimate_transition(factor * features + shift, noisy, bootstrap=10)
+    np.testing.assert_allclose(found.transition, expected.transition, rtol=0, atol=1e-2)
+
+
+def test_features_whose_squares_overflow_are_refused() -> None:
+    features, labels, _ = mixture(90)
+    with pytest.raises(ValueError, match="whose square overflows; scale them down"):
+        estimate_transition(1e160 * features, labels)
+
+
+@pytest.mark.parametrize(("num_classes", "n"), [(10, 100), (10, 60), (5, 50)])
+def test_clean_labels_of_few_examples_are_not_called_noisy(num_classes: int, n: int) -> None:
+    features, labels, _ = mixture(n, num_classes=num_classes, dimensions=num_classes, distance=12.0)
+    labels[:num_classes] = range(num_classes)
+    features[:num_classes] = 12.0 * np.eye(num_classes)
+    assert "There is noise" not in estimate_transition(features, labels, bootstrap=10).verdict

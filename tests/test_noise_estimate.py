@@ -18,11 +18,12 @@ from hf_robust_ft import (
     TransitionEstimate,
     clean_accuracy,
     corrupt_dataset,
+    frozen_features,
     noise_estimate,
     pair_flip_transition,
     symmetric_transition,
 )
-from hf_robust_ft.noise_estimate import FILE, transition_draws
+from hf_robust_ft.noise_estimate import FILE
 
 T = pair_flip_transition(3, 0.3)
 
@@ -76,22 +77,65 @@ def test_clean_accuracy_carries_the_uncertainty_of_the_estimate(tmp_path: Path) 
     assert estimate is not None
     with torch.no_grad():
         chosen = trainer.model.eval()(input_ids=torch.tensor(data["input_ids"][:])).logits.argmax(-1)
-    draws = transition_draws(estimate)
+    draws = estimate.draws
     found = clean_accuracy(chosen, data["label"][:], estimate.transition, transition_samples=draws)
     parts = [metrics[f"eval_clean_accuracy{end}"] for end in ("", "_low", "_high")]
     assert parts == pytest.approx([found.accuracy, *found.interval])
 
 
-def test_draws_lie_about_the_estimate_on_the_simplex(tmp_path: Path) -> None:
-    trainer = estimating(tmp_path)
-    trainer.evaluate(noisy(30, seed=1))
-    estimate = trainer.noise_estimate
-    assert estimate is not None
-    draws = transition_draws(estimate)
-    assert (draws >= 0).all()
-    np.testing.assert_allclose(draws.sum(-1), 1, rtol=0, atol=1e-12)
-    large = estimate.transition > 3 * estimate.standard_error  # what clipping leaves alone
-    np.testing.assert_allclose(draws.mean(0)[large], estimate.transition[large], rtol=0, atol=0.03)
+def test_a_saved_estimate_carries_its_uncertainty_too(tmp_path: Path) -> None:
+    data = noisy(60, seed=1)
+    first = estimating(tmp_path / "a", eval_dataset=data, eval_labels="noisy")
+    expected = first.evaluate()
+    again = tiny.trainer(
+        tmp_path / "b", noise_transition=str(tmp_path / "a" / FILE), train_dataset=noisy(), eval_dataset=data,
+        eval_labels="noisy",
+    )  # fmt: skip
+    found = again.evaluate()
+    for end in ("", "_low", "_high"):
+        assert found[f"eval_clean_accuracy{end}"] == pytest.approx(expected[f"eval_clean_accuracy{end}"], abs=1e-4)
+    again.args.noise_transition = 0.3  # a certificate, with no draws of another T
+    assert first.noise_estimate is not None
+    again._set_up_noisy_evaluation()
+    assert again._transition == 0.3
+    with torch.no_grad():
+        chosen = again.model.eval()(input_ids=torch.tensor(data["input_ids"][:])).logits.argmax(-1)
+    certified = clean_accuracy(chosen, data["label"][:], symmetric_transition(3, 0.3))
+    assert again.evaluate()["eval_clean_accuracy_low"] == pytest.approx(certified.interval[0])
+
+
+def test_an_evaluation_after_training_reads_the_estimate_of_before(tmp_path: Path) -> None:
+    first = estimating(tmp_path, max_steps=30)
+    first.train()
+    written = (tmp_path / FILE).read_text()
+    later = estimating(tmp_path, model=first.model, eval_dataset=noisy(30, seed=1), eval_labels="noisy")
+    later.evaluate()
+    assert first.noise_estimate is not None
+    assert later.noise_estimate is not None
+    np.testing.assert_array_equal(later.noise_estimate.transition, first.noise_estimate.transition)
+    assert (tmp_path / FILE).read_text() == written
+
+
+def test_an_evaluation_that_has_to_estimate_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    estimating(tmp_path, eval_dataset=noisy(30, seed=1)).evaluate()
+    assert "if it was trained on these labels, they look clean to it" in caplog.text
+
+
+def test_random_transforms_leave_the_training_alone(tmp_path: Path) -> None:
+    def shuffled(batch: dict[str, Any]) -> dict[str, Any]:
+        ids = [np.array(row)[torch.randperm(len(row)).numpy()].tolist() for row in batch["input_ids"]]
+        return {"input_ids": ids, "label": batch["label"]}
+
+    data = noisy().with_transform(shuffled)
+    first = estimating(tmp_path / "a", train_dataset=data, remove_unused_columns=False)
+    torch.manual_seed(7)
+    first.train()
+    assert first.noise_estimate is not None
+    given = first.noise_estimate.transition
+    second = tiny.trainer(tmp_path / "b", noise_transition=given, train_dataset=data, remove_unused_columns=False)
+    torch.manual_seed(7)
+    second.train()
+    tiny.assert_equal_weights(tiny.weights(first.model), tiny.weights(second.model))
 
 
 def test_what_has_no_target_is_left_out(tmp_path: Path) -> None:
@@ -181,6 +225,30 @@ def test_a_list_of_examples_serves_as_well(tmp_path: Path) -> None:
     assert from_rows.noise_estimate is not None
     assert from_dataset.noise_estimate is not None
     np.testing.assert_array_equal(from_rows.noise_estimate.transition, from_dataset.noise_estimate.transition)
+
+
+def test_a_batch_without_the_labels_is_named(tmp_path: Path) -> None:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "label")}
+        return {"input_ids": batch["input_ids"], "target": batch["label"]}
+
+    trainer = estimating(tmp_path)
+    trainer.data_collator = collate
+    with pytest.raises(ValueError, match="needs 'labels', but the batch has input_ids, target; name the column"):
+        trainer.train()
+
+
+def test_a_resumed_run_in_another_folder_takes_the_estimate_along(tmp_path: Path) -> None:
+    estimating(tmp_path / "a", save_strategy="steps", save_steps=2).train()
+    again = estimating(tmp_path / "b", save_strategy="steps", save_steps=2)
+    again.train(resume_from_checkpoint=tmp_path / "a" / "checkpoint-2")
+    assert (tmp_path / "b" / FILE).read_text() == (tmp_path / "a" / FILE).read_text()
+
+
+def test_half_precision_models_have_features_too(tmp_path: Path) -> None:
+    model = tiny.resnet().to(torch.bfloat16)
+    pixels = torch.randn(4, 1, 8, 8)
+    assert frozen_features(model, [{"pixel_values": pixels}]).dtype == torch.float32
 
 
 def test_the_head_and_the_mode_of_the_model_do_not_matter(tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ class ExampleLoss:
 
         Returns:
             ``z1ᵀ ∇²ℓ z1``, its Gauss-Newton counterpart, and the first derivatives, [D, B] each. The first two are
-            the same but for the forward correction: its Hessian in the logits is indefinite, and the Fisher information
-            ``Σ_y q_y (∂ log q_y)²`` with ``q = Tᵀ softmax(z)`` stands in for it.
+            the same but for forward correction and generalized cross entropy, whose Hessian in the logits is
+            indefinite: see :meth:`CorrectedLoss.fisher`.
         """
         count, batch = tangents.shape[:2]
         with torch.enable_grad():
@@ -80,7 +80,7 @@ class ExampleLoss:
             return (vectors * z1).flatten(1).sum(1, dtype=torch.float64).view(count, batch)
 
         hessian = along(bend)
-        if isinstance(self._loss, CorrectedLoss) and self._loss.correction == "forward":
+        if isinstance(self._loss, CorrectedLoss) and self._loss.correction in ("forward", "gce"):
             fisher = _mean(*self._loss.fisher(z.detach(), repeated, z1)).double().view(count, batch)
             return hessian, fisher, along(slope.detach())
         return hessian, hessian, along(slope.detach())

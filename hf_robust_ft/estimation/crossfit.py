@@ -84,7 +84,12 @@ def crossfit(
     fold = stratified_folds(y, folds, seed)
     mean, deviation = x.mean(axis=0), x.std(axis=0)
     # A constant feature says nothing, and dividing by its rounding error would make it loud.
-    scale = np.where(deviation > 1e-9 * (np.abs(mean) + 1), deviation, np.inf)
+    varies = deviation > 1e-12 * np.abs(x).max(axis=0)
+    if not varies.any():
+        raise ValueError(
+            "features are the same for all examples: they can't tell classes apart. Was the backbone given its inputs?"
+        )
+    scale = np.where(varies, deviation, np.inf)
     x, new = (x - mean) / scale, (new - mean) / scale
     raw, raw_new, ridge = _ridge_scores(x, y, num_classes, fold, new)
     unit = np.sqrt((raw**2).mean()) or 1.0

@@ -223,6 +223,9 @@ def _assemble(
     observed, simulated = float(spread.statistics[0]), spread.statistics[1:]
     p_value = simulated_p_value(observed, simulated)
     effect = effect_size(observed, simulated, len(labels), spread.components)
+    # Those of the unshrunk fit, about the shrunk one.
+    draws = np.clip(transition + transitions - transitions.mean(axis=0), 1e-9, None)
+    draws = (draws / draws.sum(axis=2, keepdims=True)).round(6)  # short in a file
     reach = NORMAL_QUANTILE * error
     interval = np.clip(np.stack([transition - reach, transition + reach], axis=2), 0, 1)
     effective = (p**2).sum(axis=0)
@@ -244,9 +247,10 @@ def _assemble(
         method=method,
         n=len(labels),
         bootstrap=len(transitions),
+        draws=draws,
         folds=folds,
         seed=seed,
-        verdict=write_verdict(rate, rate_interval, singular_interval, effective, p_value, effect),
+        verdict=write_verdict(rate, rate_interval, singular_interval, effective, len(labels), p_value, effect),
     )
 
 

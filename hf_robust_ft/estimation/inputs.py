@@ -9,6 +9,9 @@ import numpy.typing as npt
 
 from ..noise import Matrix, check_labels
 
+# The sum of its squares is finite for any number of examples.
+LARGEST = 1e145
+
 Labels = npt.NDArray[np.int64]
 
 
@@ -30,6 +33,8 @@ def check_features(features: Any, name: str = "features") -> Matrix:
             f"{name}[{row}, {column}] is {array[row, column]}; features must be finite: "
             "did the model overflow in half precision, or is the example empty?"
         )
+    if np.abs(array).max(initial=0) > LARGEST:
+        raise ValueError(f"{name} reach {np.abs(array).max():.3g}, whose square overflows; scale them down")
     return array
 
 

@@ -58,6 +58,9 @@ class TransitionEstimate:
     folds: int
     seed: int
     verdict: str
+    draws: Matrix
+    """[bootstrap, K, K]: T as it might have come out, centred on the estimate: ``transition_samples`` for
+    :func:`~hf_robust_ft.clean_accuracy`."""
 
     @property
     def identifiable(self) -> bool:
@@ -87,7 +90,7 @@ class TransitionEstimate:
         if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != {"format", *names}:
             raise ValueError(f"{source} holds no transition estimate; give a file that TransitionEstimate.save wrote")
         values = {name: content[name] for name in names}
-        for name in ("transition", "standard_error", "interval", "clean_prior", "effective_counts", "counts"):
+        for name in ("transition", "standard_error", "interval", "clean_prior", "effective_counts", "counts", "draws"):
             values[name] = np.array(values[name], dtype=np.float64)
         for name in ("noise_rate_interval", "singular_value_interval"):
             values[name] = tuple(values[name])

@@ -22,7 +22,8 @@ PRINTED_CLASSES = 12
 class TransitionEstimate:
     """An estimated noise transition matrix with its uncertainty. Rows are the true class.
 
-    Intervals are 95 % ones. They cover sampling, not the misfit of a linear head.
+    Intervals are 95 % ones. They cover sampling, not the misfit of a linear head, with which T comes out a little too
+    clean: under symmetric noise the noise rate's interval held the truth in 70 to 84 % of simulations.
     """
 
     transition: Matrix

@@ -57,9 +57,9 @@ def layer_quadratic_forms(
     ================  ==================================================  ==================================
     kind              value                                               cost in forward passes of the batch
     ================  ==================================================  ==================================
-    "hessian"         ``vᵀ H v``, exact                                   0.8 to 1.1 a layer
+    "hessian"         ``vᵀ H v``, exact                                   0.8 to 1.0 a layer
     "gauss_newton"    ``z1ᵀ ∇²ℓ(z) z1``, z1 the logits' tangent           the same sweep
-    "hessian_upper"   ``½ (vᵀ H v + ‖v‖ ‖H v‖)``, at least ``vᵀ H⁺ v``    about 2 a layer
+    "hessian_upper"   ``½ (vᵀ H v + ‖v‖ ‖H v‖)``, at least ``vᵀ H⁺ v``    2.2 to 2.6 a layer
     "hessian_psd"     ``vᵀ H⁺ v``, H⁺ the positive part, by Lanczos       about 2 a layer and step
     ================  ==================================================  ==================================
 

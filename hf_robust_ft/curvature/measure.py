@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # Examples kept for Lanczos, those with the largest sound bounds of each layer. Their inputs stay in memory.
 CANDIDATES = 8
 # Forward passes for the sound bounds of one layer, and for one step of Lanczos, on a CPU (recipes/RESULTS.md).
-FORWARD_PASSES = 1.8
+FORWARD_PASSES = 2.4
 FORWARD_PASSES_A_STEP = 2.0
 
 
@@ -68,7 +68,7 @@ def measure_hessian(
        the largest of the others is below the largest value found (the layer is *settled*), the time is over, or
        8 examples a layer have been looked at.
 
-    Cost on a CPU: about 1.8 forward passes a layer and batch for the first pass, and 2 of one example for each step of
+    Cost on a CPU: about 2.4 forward passes a layer and batch for the first pass, and 2 of one example for each step of
     Lanczos; both are logged before they start. Memory: a chunk of examples, and the inputs of those that may go to the
     second pass; there, for a group of weights or a tied one, ``lanczos_steps`` times as much as these weights.
 

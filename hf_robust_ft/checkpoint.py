@@ -9,7 +9,8 @@ from pathlib import Path
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .reference import ReferenceMismatch, written_whole
+from .files import written_whole
+from .reference import ReferenceMismatch
 
 RECORD_FILE = "_constraints.json"
 STATE_FILE = "trainer_state.json"

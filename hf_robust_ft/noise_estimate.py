@@ -19,7 +19,7 @@ from .estimation import TransitionEstimate, estimate_transition
 from .features import one_class_an_example
 from .frozen_features import backbone_of, frozen_features
 from .noise import IGNORE_INDEX
-from .radius_search import snapshot
+from .snapshot import snapshot
 
 logger = logging.getLogger(__name__)
 

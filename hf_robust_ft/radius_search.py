@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,16 +16,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from .arguments import AUTO
 from .corrected_loss import loss_type
 from .features import make_constraints, num_classes, one_class_an_example
+from .files import written_whole
 from .noise import IGNORE_INDEX, check_labels, invert_transition, load_transition, read_transition
-from .reference import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +35,6 @@ FILE = "radius_choice.json"
 # left to try, and 0.003 is for heavier noise (recipes/RESULTS.md). A factor of three, as accuracy changes slowly with
 # the radius while every candidate costs a training. And no constraint at all, which clean labels want.
 CANDIDATES = (0.003, 0.01, 0.03, math.inf)
-
-# What accelerate leaves on a model that it has prepared for a training.
-PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 Scores = npt.NDArray[np.float64]
 
@@ -234,47 +229,6 @@ def validation_set(
             "Give a pretrained model, or set layer_radius=None"
         )
     return dataset, prefix
-
-
-def snapshot(model: nn.Module | None) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """What training changes: random numbers (Python, numpy, torch on CPU and CUDA) and, of a model, weights and modes.
-
-    Returns:
-        The trained weights by name, copied on their device, and a function that puts everything back.
-    """
-    weights: dict[str, Tensor] = {}
-    others: list[tuple[Tensor, Tensor]] = []
-    modes: list[tuple[nn.Module, bool]] = []
-    prepared: dict[str, Any] = {}
-    if model is not None:
-        weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-        others = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-        modes = [(module, module.training) for module in model.modules()]
-        prepared = {name: vars(model)[name] for name in PREPARED if name in vars(model)}
-    numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-    @torch.no_grad()
-    def restore() -> None:
-        if model is not None:
-            for name, parameter in model.named_parameters():
-                parameter.grad = None
-                if name in weights:
-                    parameter.copy_(weights[name])
-            for name in PREPARED:
-                vars(model).pop(name, None)
-            vars(model).update(prepared)
-        for buffer, value in others:
-            buffer.copy_(value)
-        for module, mode in modes:
-            module.training = mode
-        random.setstate(numbers[0])
-        np.random.set_state(numbers[1])
-        torch.set_rng_state(numbers[2])
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
-
-    return weights, restore
 
 
 def _mean_and_error(values: Scores) -> tuple[float, float]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -13,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .files import written_whole
 from .layers import Layer, find_layers
 from .projection import distance
 
@@ -83,17 +82,6 @@ def save_reference(reference: Mapping[str, Tensor], folder: str | Path) -> Path:
     with written_whole(path) as temporary:
         safetensors.torch.save_file({n: t.detach().cpu().contiguous() for n, t in reference.items()}, temporary)
     return path
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which becomes ``path`` once it is written: no reader sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    yield temporary
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load_reference(folder: str | Path, digest: str) -> dict[str, Tensor]:

@@ -42,9 +42,10 @@ from .noisy_evaluation import (
     make_noisy_evaluation,
     noisy_datasets,
 )
-from .radius_search import CANDIDATES, RadiusChoice, Scores, example_scores, search_radius, snapshot, validation_set
+from .radius_search import CANDIDATES, RadiusChoice, Scores, example_scores, search_radius, validation_set
 from .radius_search import FILE as CHOICE_FILE
 from .reference import load_reference, reference_digest, save_reference
+from .snapshot import snapshot
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ PACKAGE = "hf_robust_ft"
 # __init__ gathers the public names and so stands outside the floors.
 FLOORS = {
     "clean_accuracy": 1,
+    "files": 1,
     "noise": 1,
     "noise_shape": 1,
     "losses": 1,
@@ -29,6 +30,7 @@ FLOORS = {
     "corrected_loss": 2,
     "curvature": 2,
     "frozen_features": 2,
+    "snapshot": 2,
     "arguments": 3,
     "callbacks": 3,
     "checkpoint": 3,

@@ -26,7 +26,8 @@ from hf_robust_ft import (
     pair_flip_transition,
     symmetric_transition,
 )
-from hf_robust_ft.radius_search import CANDIDATES, FILE, example_scores, search_radius, snapshot
+from hf_robust_ft.radius_search import CANDIDATES, FILE, example_scores, search_radius
+from hf_robust_ft.snapshot import snapshot
 
 T = pair_flip_transition(3, 0.3)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import written_whole
 from ..layers import NotALayer
-from ..reference import written_whole
 
 
 @dataclass(frozen=True)

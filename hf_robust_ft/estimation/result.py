@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..files import written_whole
 from ..noise import Matrix
 
 FORMAT = "hf_robust_ft.TransitionEstimate/1"
@@ -101,11 +101,8 @@ class TransitionEstimate:
 
     def save(self, path: str | Path) -> None:
         """Write the estimate as JSON, at once: a reader never sees half a file."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f".{target.name}.{os.getpid()}")
-        scratch.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(scratch, target)
+        with written_whole(Path(path)) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> TransitionEstimate:

@@ -29,6 +29,7 @@ from .estimation import (
     trusted_transition,
 )
 from .frozen_features import frozen_features
+from .label_posteriors import label_posteriors
 from .layers import Layer, NotALayer, find_layers
 from .losses import (
     backward_corrected,
@@ -36,6 +37,7 @@ from .losses import (
     forward_corrected,
     generalized_cross_entropy,
     nonnegative_backward,
+    posterior_cross_entropy,
 )
 from .noise import (
     InverseTransition,
@@ -95,6 +97,7 @@ __all__ = [
     "generalized_cross_entropy",
     "hessian_trace",
     "invert_transition",
+    "label_posteriors",
     "layer_distances",
     "layer_quadratic_forms",
     "load_transition",
@@ -104,6 +107,7 @@ __all__ = [
     "noise_stability",
     "nonnegative_backward",
     "pair_flip_transition",
+    "posterior_cross_entropy",
     "rank_suspects",
     "spectral_density",
     "symmetric_transition",

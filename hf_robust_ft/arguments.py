@@ -12,11 +12,12 @@ import numpy as np
 from torch import Tensor
 from transformers import TrainingArguments
 
-LOSS_CORRECTIONS = ("none", "forward", "backward", "nonnegative_backward", "gce")
+LOSS_CORRECTIONS = ("none", "forward", "backward", "nonnegative_backward", "posterior", "gce")
 RADIUS_NORMS = ("frobenius", "inf_op")
 RADIUS_MODES = ("absolute", "relative")
 EVAL_LABELS = ("noisy", "clean")
 AUTO = "auto"
+ESTIMATE = "estimate"
 
 
 # HfArgumentParser takes the second member of these unions, str, as the type on the command line;
@@ -42,8 +43,10 @@ class RobustTrainingArguments(TrainingArguments):
         metadata={
             "help": "How T corrects the cross entropy: 'forward' (stable), 'backward' (unbiased for the clean loss, "
             "but unbounded below), 'nonnegative_backward' (the risk of each class in a micro-batch, which should hold "
-            "several examples a class, cut off at 0), or 'none'. 'gce' is generalized cross entropy, which needs no "
-            "T. Default: 'forward' with noise_transition, else 'none'.",
+            "several examples a class, cut off at 0), 'posterior' (cross entropy with the probabilities of the true "
+            "class given the noisy label and features of the frozen backbone), or 'none'. 'gce' is generalized cross "
+            "entropy, which needs no T. Default: 'posterior' with noise_transition='estimate', 'forward' with a T that "
+            "is given, 'none' without.",
             "choices": LOSS_CORRECTIONS,
         },
     )

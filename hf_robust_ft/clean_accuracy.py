@@ -123,7 +123,9 @@ def clean_accuracy(
         transition: T, [K, K], ``T[i, j] = P(noisy label = j | true label = i)``; or a path to one. Taken as
             known, unless ``transition_samples`` say how uncertain it is.
         transition_samples: [B, K, K], draws of T from its sampling distribution (bootstrap draws of an estimate
-            of T), made from other examples than these. Their mean squared deviation adds to the variance.
+            of T), made from other examples than these. Their mean squared deviation adds to the variance. If more
+            than ``(1 - confidence) / 2`` of them are singular (or lie beyond a singular matrix), T does not tell the
+            classes apart within its uncertainty: all intervals are then (0, 1).
         confidence: of each interval, two-sided, in (0, 1).
 
     Returns:
@@ -131,12 +133,13 @@ def clean_accuracy(
 
     Raises:
         ValueError: labels that are no class indices (soft, multi-label, regression) or lie outside 0..K-1; shapes
-            that differ; no label at all; a T that is no transition matrix, or is singular, as given or in too many
-            of its draws; a confidence out of range.
+            that differ; no label at all; a T that is no transition matrix, or is singular; a confidence out of range.
     """
     matrix = load_transition(transition)
     table = count_pairs(noisy_labels, predictions, len(matrix))
-    samples = None if transition_samples is None else _read_samples(transition_samples, matrix, confidence)
+    samples, singular = None, 0.0
+    if transition_samples is not None:
+        samples, singular = _read_samples(transition_samples, matrix)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; it is a probability between 0 and 1, such as 0.95")
     n = int(table.sum())
@@ -157,7 +160,7 @@ def clean_accuracy(
 
     # Of T's own uncertainty: mean squares and products over its draws, about the estimate from T itself.
     spread_accuracy, spread_hit, spread_both, spread_frequency = 0.0, 0.0, 0.0, 0.0
-    if samples is not None:
+    if samples is not None and len(samples) > 0:
         drawn = np.swapaxes(np.linalg.inv(samples), 1, 2) @ joint
         hits = np.diagonal(drawn, axis1=1, axis2=2) - estimated.diagonal()
         frequencies = drawn.sum(2) - frequency
@@ -179,6 +182,9 @@ def clean_accuracy(
             -2 * accuracy - z2 / n * (right - wrong),
             accuracy**2 - z2 / n * wrong - z2 * spread_accuracy,
         )
+    unbounded = singular > (1 - confidence) / 2
+    if unbounded:
+        low, high = 0.0, 1.0
     consistent = bool(high >= 0 and low <= 1)
 
     # (hit - r frequency)² <= z² (((1 - r)² others_hit + r² others_missed + r (1 - r) own) / n + spread(r)), where
@@ -195,7 +201,8 @@ def clean_accuracy(
     seen = frequency > 0
     recall = np.full(len(matrix), np.nan)
     recall[seen] = np.clip(hit[seen] / frequency[seen], 0, 1)
-    recall_low, recall_high = np.where(seen, recall_low, 0.0), np.where(seen, recall_high, 1.0)
+    known = seen & (not unbounded)
+    recall_low, recall_high = np.where(known, recall_low, 0.0), np.where(known, recall_high, 1.0)
 
     return CleanAccuracy(
         accuracy=accuracy,
@@ -241,8 +248,8 @@ def count_pairs(noisy_labels: npt.ArrayLike, predictions: npt.ArrayLike, num_cla
     return counts.reshape(num_classes, num_classes)
 
 
-def _read_samples(samples: npt.ArrayLike, matrix: Matrix, confidence: float) -> Matrix:
-    """The draws of T that are invertible, [B, K, K]."""
+def _read_samples(samples: npt.ArrayLike, matrix: Matrix) -> tuple[Matrix, float]:
+    """The draws of T that are invertible, [B, K, K], and the share of the others."""
     drawn = np.asarray(samples, dtype=np.float64)
     if drawn.ndim != 3 or drawn.shape[1:] != matrix.shape or len(drawn) < 2:
         raise ValueError(
@@ -257,15 +264,7 @@ def _read_samples(samples: npt.ArrayLike, matrix: Matrix, confidence: float) -> 
     # Between T and a draw whose determinant has the other sign lies a singular matrix.
     signs = np.sign(np.linalg.det(drawn))
     invertible = (np.linalg.cond(drawn) <= MAX_CONDITION_NUMBER) & (signs == np.sign(np.linalg.det(matrix)))
-    singular = 1 - invertible.mean()
-    if singular > (1 - confidence) / 2:
-        raise ValueError(
-            f"{100 * singular:.3g} % of transition_samples are singular: within its uncertainty, T does not tell the "
-            "classes apart, and noisy labels say nothing about clean accuracy. Estimate T from more examples, or merge "
-            "the classes that are confused"
-        )
-    kept: Matrix = drawn[invertible]
-    return kept
+    return drawn[invertible], float(1 - invertible.mean())
 
 
 def _symmetric_rate(matrix: Matrix) -> float | None:

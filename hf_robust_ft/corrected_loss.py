@@ -17,6 +17,7 @@ from .losses import (
     forward_corrected,
     generalized_cross_entropy,
     nonnegative_backward,
+    posterior_cross_entropy,
     reduce_loss,
 )
 from .noise import (
@@ -29,7 +30,7 @@ from .noise import (
     read_transition,
 )
 
-Correction = Literal["forward", "backward", "nonnegative_backward", "gce"]
+Correction = Literal["forward", "backward", "nonnegative_backward", "posterior", "gce"]
 CORRECTIONS = get_args(Correction)
 
 
@@ -37,8 +38,10 @@ class CorrectedLoss:
     """Cross entropy corrected by T, or generalized cross entropy, on whatever a model returns.
 
     Args:
-        correction: ``"forward"``, ``"backward"``, ``"nonnegative_backward"`` or ``"gce"``; see
+        correction: ``"forward"``, ``"backward"``, ``"nonnegative_backward"``, ``"posterior"`` or ``"gce"``; see
             :mod:`hf_robust_ft.losses`. The non-negative risks are those of one micro-batch of one process.
+            ``"posterior"`` takes posteriors [B, K] as labels. For labels [B], whose examples have none, it is
+            ``"forward"``, the likelihood that both climb.
         noise_transition: a symmetric rate, a path or a matrix; see
             :func:`~hf_robust_ft.noise.load_transition`. ``"gce"`` needs none.
         num_classes: K of the model. None where the model does not say: then the first logits do.
@@ -83,6 +86,15 @@ class CorrectedLoss:
             ValueError: labels that are no class indices or outside 0..K-1; outputs without logits, or logits
                 whose classes or shape do not fit.
         """
+        if self.correction == "posterior" and labels.is_floating_point():
+            logits = find_logits(outputs)
+            if logits.shape != labels.shape:
+                raise ValueError(
+                    f"logits have shape {tuple(logits.shape)} and posteriors {tuple(labels.shape)}; "
+                    "loss_correction='posterior' is for one class an example"
+                )
+            labels = labels.to(logits.device)
+            return reduce_loss(posterior_cross_entropy(logits, labels), labels[..., 0], num_items_in_batch)
         logits, labels = self._logits_and_labels(outputs, labels)
         if self.correction == "nonnegative_backward":
             losses = nonnegative_backward(logits, labels, self._matrix(logits))
@@ -134,8 +146,12 @@ class CorrectedLoss:
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.correction == "gce":
             return generalized_cross_entropy(logits, labels)
-        corrected = forward_corrected if self.correction == "forward" else backward_corrected
+        corrected = forward_corrected if self._forward else backward_corrected
         return corrected(logits, labels, self._matrix(logits))
+
+    @property
+    def _forward(self) -> bool:
+        return self.correction in ("forward", "posterior")
 
     def _logits_and_labels(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         if labels.is_floating_point() or labels.is_complex():
@@ -170,7 +186,7 @@ class CorrectedLoss:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         key = (logits.device, dtype)
         if key not in self._tensors:
-            matrix = transition if self.correction == "forward" else inverse.matrix
+            matrix = transition if self._forward else inverse.matrix
             self._tensors[key] = torch.tensor(matrix, dtype=dtype, device=logits.device)
         return self._tensors[key]
 

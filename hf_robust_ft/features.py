@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-from .arguments import RobustTrainingArguments, is_auto, with_chosen
+from .arguments import ESTIMATE, RobustTrainingArguments, is_auto, with_chosen
 from .constraints import LayerConstraints
 from .corrected_loss import CorrectedLoss, loss_type
 
@@ -38,9 +38,7 @@ def make_corrected_loss(
         ValueError: a correction without T, with another loss or label smoothing beside it, for several labels
             or for a model that is no classifier; a T that :class:`CorrectedLoss` refuses.
     """
-    correction = setting(args, "loss_correction")
-    if correction is None:
-        correction = "none" if transition is None else "forward"
+    correction = correction_of(args)
     if correction == "none":
         return None
     if transition is None and correction != "gce":
@@ -83,6 +81,17 @@ def make_corrected_loss(
                 inverse.condition_number,
             )
     return loss
+
+
+def correction_of(args: TrainingArguments) -> Any:
+    """``loss_correction``, or what stands for it where it is not given."""
+    correction, source = setting(args, "loss_correction"), setting(args, "noise_transition")
+    if correction is not None:
+        return correction
+    if source is None:
+        return "none"
+    # With T estimated from features, these are at hand; RESULTS.md has what they are worth.
+    return "posterior" if isinstance(source, str) and source == ESTIMATE else "forward"
 
 
 def make_constraints(

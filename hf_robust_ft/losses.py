@@ -111,6 +111,24 @@ def generalized_cross_entropy(logits: Tensor, labels: Tensor, q: float = GCE_Q) 
     return _only(kept, -torch.expm1(q * log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)) / q)
 
 
+def posterior_cross_entropy(logits: Tensor, posteriors: Tensor) -> Tensor:
+    """Cross entropy with what the true label probably is, ``-Σ_k P(y = k | x, ỹ) log softmax(z)_k``.
+
+    The step of expectation maximisation for the likelihood that :func:`forward_corrected` climbs, with posteriors
+    from elsewhere (:func:`~hf_robust_ft.label_posteriors`) in the place of the model's own.
+
+    Args:
+        logits: z, [..., K].
+        posteriors: [..., K], rows sum to 1; a row of -100 gives 0.
+
+    Returns:
+        [...], in nats, at least float32.
+    """
+    log_p = _log_softmax(logits)
+    kept = posteriors[..., 0] != IGNORE_INDEX
+    return _only(kept, -(posteriors.to(log_p) * log_p).sum(-1))
+
+
 def reduce_loss(losses: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """Sum of the losses over the number of targets in the whole (accumulated, distributed) batch.
 

@@ -1,4 +1,4 @@
-"""``noise_transition="estimate"``: from the training set of a Trainer to an estimated T, on all processes the same."""
+"""What the frozen model tells of the training labels of a Trainer: T and posteriors, on all processes the same."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,29 +15,34 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainingArguments
 
+from .arguments import ESTIMATE
 from .estimation import TransitionEstimate, estimate_transition
+from .estimation.inputs import Labels
 from .features import one_class_an_example
 from .frozen_features import backbone_of, frozen_features
-from .noise import IGNORE_INDEX
+from .label_posteriors import label_posteriors
+from .label_targets import LabelTargets
+from .noise import IGNORE_INDEX, Matrix, load_transition
 from .snapshot import snapshot
 
 logger = logging.getLogger(__name__)
 
-ESTIMATE = "estimate"
 FILE = "transition_estimate.json"
 
 # Errors of T hardly fall beyond (recipes/RESULTS.md), and the time goes on growing.
 MOST_EXAMPLES = 10_000
 
 
-def check_estimable(model: nn.Module, dataset: Any, label_names: list[str], world_size: int = 1) -> None:
-    """Refuse what T can't be estimated for.
+def check_estimable(model: nn.Module, dataset: Any, label_names: list[str], asked: str, world_size: int = 1) -> None:
+    """Refuse what T can't be estimated for, and labels have no posteriors for.
+
+    Args:
+        asked: the setting that needs it, for the message.
 
     Raises:
         ValueError: no training set, one without a length or with fewer examples than processes; several label
             columns; a model without a backbone, or one that does not predict one class an example.
     """
-    asked = f"noise_transition='{ESTIMATE}'"
     if dataset is None or not hasattr(dataset, "__len__"):
         what = "train_dataset is None" if dataset is None else f"{type(dataset).__name__} has no length"
         raise ValueError(f"{asked} needs a train_dataset with a length, but {what}; give T itself, or such a data set")
@@ -47,24 +52,102 @@ def check_estimable(model: nn.Module, dataset: Any, label_names: list[str], worl
     backbone_of(model)
 
 
-def estimate_noise(
+class LabelStudy(NamedTuple):
+    """What was asked for; None for what was not."""
+
+    estimate: TransitionEstimate | None
+    targets: LabelTargets | None
+
+
+def study_labels(
     model: nn.Module,
     dataset: Any,
     collate: Callable[[list[Any]], Any],
     label_name: str,
     num_classes: int | None,
     args: TrainingArguments,
-) -> TransitionEstimate:
-    """T from the labels of a training set and the frozen features of the model as it is now.
+    *,
+    transition: Any = None,
+    posteriors: bool = False,
+) -> LabelStudy:
+    """T, or the posteriors of the training labels, or both, from the frozen features of the model as it is now.
 
-    At most 10,000 examples, drawn by ``args.seed``. Each process computes the features of its share; the first one
-    estimates, writes ``transition_estimate.json`` to ``args.output_dir`` and tells the others.
+    T comes from at most 10,000 examples, drawn by ``args.seed``. Each process computes the features of its share; the
+    first one does the rest, writes it to ``args.output_dir`` (``transition_estimate.json``,
+    ``_label_posteriors.safetensors``) and tells the others.
+
+    Args:
+        transition: T where it is known; None: it is estimated.
+        posteriors: whether to find :func:`label_posteriors`.
 
     Raises:
         ValueError: the labels do not identify T (the estimate is written all the same), or don't suit
             :func:`estimate_transition`.
     """
-    chosen = np.random.default_rng(args.seed).permutation(len(dataset))[:MOST_EXAMPLES]
+    chosen = np.random.default_rng(args.seed).permutation(len(dataset))
+    if not posteriors:
+        chosen = chosen[:MOST_EXAMPLES]
+    asked = f"noise_transition='{ESTIMATE}'" if transition is None else "loss_correction='posterior'"
+    features, labels = _features_and_labels(model, dataset, chosen, collate, label_name, asked, args)
+    message: list[Any] = [None]
+    if features is not None:
+        try:
+            message = [_study(features, labels, chosen, num_classes, args, transition, posteriors)]
+        except (ValueError, OSError, ArithmeticError, MemoryError) as error:  # the other processes wait
+            message = [error]
+    found = broadcast_object_list(message)[0]
+    if isinstance(found, ValueError):
+        drawn = len(chosen) > MOST_EXAMPLES or len(chosen) < len(dataset)
+        drew = f" ({MOST_EXAMPLES} of {len(dataset)} examples were drawn)" if drawn and transition is None else ""
+        raise ValueError(f"{asked}: {found}{drew}") from found
+    if isinstance(found, Exception):
+        raise found
+    assert isinstance(found, LabelStudy)
+    if found.estimate is not None:
+        logger.info("%s", found.estimate)
+        check_identifiable(found.estimate)
+    return found
+
+
+def _study(
+    features: Matrix,
+    labels: Labels,
+    chosen: Labels,
+    num_classes: int | None,
+    args: TrainingArguments,
+    transition: Any,
+    posteriors: bool,
+) -> LabelStudy:
+    folder = Path(str(args.output_dir))
+    kept = labels != IGNORE_INDEX
+    estimate = None
+    if transition is None:
+        first = np.flatnonzero(kept[:MOST_EXAMPLES])
+        estimate = estimate_transition(features[first], labels[first], num_classes=num_classes, seed=args.seed)
+        estimate.save(folder / FILE)
+        transition = estimate.transition
+        posteriors = posteriors and estimate.identifiable
+    if not posteriors:
+        return LabelStudy(estimate, None)
+    matrix = load_transition(transition, num_classes)
+    rows = np.full((len(labels), len(matrix)), IGNORE_INDEX, dtype=np.float32)
+    rows[kept] = label_posteriors(features[kept], labels[kept], matrix, seed=args.seed)
+    back = np.argsort(chosen)
+    targets = LabelTargets(torch.from_numpy(rows[back]), torch.from_numpy(labels[back].astype(np.int64)))
+    targets.save(folder)
+    return LabelStudy(estimate, targets)
+
+
+def _features_and_labels(
+    model: nn.Module,
+    dataset: Any,
+    chosen: Labels,
+    collate: Callable[[list[Any]], Any],
+    label_name: str,
+    asked: str,
+    args: TrainingArguments,
+) -> tuple[Matrix | None, Labels]:
+    """[n, d] and [n] of the chosen examples in their order, on the first process; None on the others."""
     own = chosen[args.process_index :: args.world_size]
     loader = DataLoader(
         Subset(dataset, [int(i) for i in own]),
@@ -72,47 +155,40 @@ def estimate_noise(
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
     )
-    labels: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []
 
     def batches() -> Iterator[Mapping[str, Any]]:
         for batch in loader:
             if label_name not in batch:
                 raise ValueError(
-                    f"noise_transition='{ESTIMATE}' needs '{label_name}', but the batch has {', '.join(batch)}; name "
-                    "the column of the labels with label_names"
+                    f"{asked} needs '{label_name}', but the batch has {', '.join(batch)}; name the column of the "
+                    "labels with label_names"
                 )
-            labels.append(batch[label_name])
+            found.append(batch[label_name])
             yield batch
 
     # Loaders and random transforms draw numbers, and training shall go on as with a T that was given.
     _, restore = snapshot(None)
+    failure: Exception | None = None
+    part: Any = None
     try:
-        features = frozen_features(model, batches(), total=len(loader)).numpy()
+        part = frozen_features(model, batches(), total=len(loader)).numpy(), torch.cat(found).cpu().numpy()
+    except Exception as error:  # noqa: BLE001 - any at all: the other processes wait
+        failure = error
     finally:
         restore()
-    parts = gather_object([(features, torch.cat(labels).cpu().numpy())])
-    message: list[Any] = [None]
-    if args.process_index == 0:
-        # In the order of one process, so that any number of them gives the same folds.
-        order = np.argsort(np.concatenate([np.arange(rank, len(chosen), len(parts)) for rank in range(len(parts))]))
-        x, y = (np.concatenate(arrays)[order] for arrays in zip(*parts, strict=True))
-        kept = y != IGNORE_INDEX
-        try:
-            estimate = estimate_transition(x[kept], y[kept], num_classes=num_classes, seed=args.seed)
-            estimate.save(Path(str(args.output_dir)) / FILE)
-            message = [estimate]
-        except (ValueError, OSError, ArithmeticError, MemoryError) as error:  # the other processes wait
-            message = [error]
-    found = broadcast_object_list(message)[0]
-    if isinstance(found, ValueError):
-        drawn = f" ({MOST_EXAMPLES} of {len(dataset)} examples were drawn)" if len(chosen) < len(dataset) else ""
-        raise ValueError(f"noise_transition='{ESTIMATE}': {found}{drawn}") from found
-    if isinstance(found, Exception):
-        raise found
-    assert isinstance(found, TransitionEstimate)
-    logger.info("%s", found)
-    check_identifiable(found)
-    return found
+    parts = gather_object([part if failure is None else f"{type(failure).__name__}: {failure}"])
+    if failure is not None:
+        raise failure
+    for rank, part in enumerate(parts):
+        if isinstance(part, str):
+            raise RuntimeError(f"process {rank} could not compute the features of its examples: {part}")
+    if args.process_index > 0:
+        return None, chosen
+    # In the order of one process, so that any number of them gives the same folds.
+    order = np.argsort(np.concatenate([np.arange(rank, len(chosen), len(parts)) for rank in range(len(parts))]))
+    x, y = (np.concatenate(arrays)[order] for arrays in zip(*parts, strict=True))
+    return x, y
 
 
 def check_identifiable(estimate: TransitionEstimate) -> None:

@@ -41,18 +41,17 @@ def recommend(estimate: TransitionEstimate, depends_on_example: bool, radius: An
             "layer needs no matrix.",
         )
     if depends_on_example or not estimate.identifiable:
-        # Forward correction assumes noise of a known matrix that depends on the class alone; neither of these two does.
+        # Posteriors assume noise of a known matrix that depends on the class alone; neither of these two does.
         why = "depends on more than the class" if depends_on_example else "may make T singular"
         return Recommendation(
             {"loss_correction": "gce", **constrained},
             f"The noise {why}, so T is not to be relied on: generalized cross entropy and a ball around each layer do "
             "without.",
         )
-    # The most helpful of what was measured: 10 points over plain fine-tuning (40 % noise), of which projection gives 6
-    # and correction alone none.
+    # The most helpful of what was measured.
     return Recommendation(
-        {"noise_transition": "estimate", "loss_correction": "forward", **constrained},
-        "Forward correction and a ball around each layer: together they helped most, forward correction alone hardly.",
+        {"noise_transition": "estimate", "loss_correction": "posterior", **constrained},
+        "Train on the posteriors of the labels, with a ball around each layer.",
     )
 
 

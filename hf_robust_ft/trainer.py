@@ -23,7 +23,7 @@ from transformers.trainer_utils import (
     TrainOutput,
 )
 
-from .arguments import AUTO, is_auto, with_chosen
+from .arguments import AUTO, ESTIMATE, is_auto, with_chosen
 from .callbacks import ProjectionCallback
 from .checkpoint import ConstraintRecord, last_complete_checkpoint
 from .clean_accuracy import CleanAccuracy, clean_accuracy
@@ -31,10 +31,12 @@ from .constraints import ConstraintTable, LayerConstraints
 from .corrected_loss import CorrectedLoss, loss_type
 from .data import check_dataset_labels
 from .estimation import TransitionEstimate
-from .features import make_constraints, make_corrected_loss, num_classes, requires_argument, setting
+from .features import correction_of, make_constraints, make_corrected_loss, num_classes, requires_argument, setting
+from .label_targets import FILE as TARGETS_FILE
+from .label_targets import LabelTargets, Numbered, TargetCollator
 from .noise import load_transition
-from .noise_estimate import ESTIMATE, check_estimable, estimate_noise, saved_estimate
 from .noise_estimate import FILE as ESTIMATE_FILE
+from .noise_estimate import check_estimable, saved_estimate, study_labels
 from .noisy_evaluation import (
     clean_accuracy_metrics,
     estimates_clean_accuracy,
@@ -115,10 +117,11 @@ class HessianRegularizedTrainer(Trainer):
         """With ``layer_radius="auto"``: the radius and the scores of all candidates, once training has begun."""
         self.noise_estimate: TransitionEstimate | None = None
         """With ``noise_transition="estimate"``: T and its uncertainty, once training or evaluation has begun."""
+        self.label_targets: LabelTargets | None = None
+        """With ``loss_correction="posterior"``: what is trained on, once training has begun."""
         self._set_up_correction()
         self._set_up_noisy_evaluation()
-        if self._estimates_noise:
-            check_estimable(self._model, self.train_dataset, self.label_names, self.args.world_size)
+        self._check_estimable()
         if self._chooses_radius:
             self._validation_set()
         self._constrained_model = self._model
@@ -145,7 +148,7 @@ class HessianRegularizedTrainer(Trainer):
     def _hp_search_setup(self, trial: Any) -> None:
         """Settings are read here: train() calls this after model_init and before it loads a checkpoint."""
         super()._hp_search_setup(trial)
-        self._estimate_noise()
+        self._study_labels(posteriors=self._uses_posteriors)
         self._set_up_correction()
         self._set_up_noisy_evaluation()
         self._set_up_constraints()
@@ -164,25 +167,80 @@ class HessianRegularizedTrainer(Trainer):
             return setting(self.args, "noise_transition")
         return 0.0 if self.noise_estimate is None else self.noise_estimate.transition
 
-    def _estimate_noise(self) -> None:
-        """Once: from the features that the model has before training."""
-        if not self._estimates_noise or self.noise_estimate is not None:
+    @property
+    def _uses_posteriors(self) -> bool:
+        return bool(correction_of(self.args) == "posterior")
+
+    def _check_estimable(self) -> None:
+        asked = f"noise_transition='{ESTIMATE}'" if self._estimates_noise else "loss_correction='posterior'"
+        if self._estimates_noise or self._uses_posteriors:
+            check_estimable(self._model, self.train_dataset, self.label_names, asked, self.args.world_size)
+
+    def _study_labels(self, *, posteriors: bool) -> None:
+        """Once: T, and the posteriors of the training labels, from the features that the model has before training."""
+        estimate = self._estimates_noise and self.noise_estimate is None
+        posteriors = posteriors and self.label_targets is None
+        if not estimate and not posteriors:
             return
-        check_estimable(self._model, self.train_dataset, self.label_names, self.args.world_size)
+        self._check_estimable()
+        dataset, collate = self._without_unused_columns("noise estimation")
+        found = study_labels(
+            self._model,
+            dataset,
+            collate,
+            self.label_names[0],
+            num_classes(self._model, loss_type(self._model)),
+            self.args,
+            transition=None if estimate else self._transition,
+            posteriors=posteriors,
+        )
+        self.noise_estimate = found.estimate or self.noise_estimate
+        self.label_targets = found.targets or self.label_targets
+
+    def _without_unused_columns(self, purpose: str) -> tuple[Any, Any]:
+        """The training set and a collator, of which one leaves out what the model does not take."""
         dataset, collate = self.train_dataset, self.data_collator
         if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="noise estimation")
-        else:
-            collate = self._get_collator_with_removed_columns(collate, description="noise estimation")
-        classes = num_classes(self._model, loss_type(self._model))
-        self.noise_estimate = estimate_noise(self._model, dataset, collate, self.label_names[0], classes, self.args)
+            return self._remove_unused_columns(dataset, description=purpose), collate
+        return dataset, self._get_collator_with_removed_columns(collate, description=purpose)
 
-    def _read_estimate(self, folder: Path) -> None:
-        """Take the estimate that a run wrote there, if there is one, and write it to this run's folder, too."""
-        if self.noise_estimate is None and (folder / ESTIMATE_FILE).is_file():
+    def _read_study(self, folder: Path, *, posteriors: bool) -> None:
+        """Take what a run found and wrote there, if it is there, and write it to this run's folder, too."""
+        output = Path(str(self.args.output_dir))
+        if self._estimates_noise and self.noise_estimate is None and (folder / ESTIMATE_FILE).is_file():
             self.noise_estimate = TransitionEstimate.load(folder / ESTIMATE_FILE)
             if self.args.should_save:
-                self.noise_estimate.save(Path(str(self.args.output_dir)) / ESTIMATE_FILE)
+                self.noise_estimate.save(output / ESTIMATE_FILE)
+        if posteriors and self.label_targets is None and (folder / TARGETS_FILE).is_file():
+            self.label_targets = LabelTargets.load(folder)
+            if self.args.should_save:
+                self.label_targets.save(output)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As ``Trainer.get_train_dataloader``; with ``loss_correction="posterior"`` batches have posteriors [B, K]
+        in the place of labels."""
+        targets = self.label_targets
+        if targets is None or not self._uses_posteriors:
+            return super().get_train_dataloader()
+        dataset, collate = self.train_dataset, self.data_collator
+        if len(dataset) != len(targets.labels):  # type: ignore[arg-type]
+            raise ValueError(
+                f"loss_correction='posterior' was computed for {len(targets.labels)} examples, but train_dataset has "
+                f"{len(dataset)}; make a new Trainer for other data"  # type: ignore[arg-type]
+            )
+        plain, plain_collate = self._without_unused_columns("training")
+        self.train_dataset = Numbered(plain)
+        self.data_collator = TargetCollator(plain_collate, targets, self.label_names[0])
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = dataset, collate
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # It looks into examples for their length.
+        return super()._get_train_sampler(
+            train_dataset.dataset if isinstance(train_dataset, Numbered) else train_dataset
+        )
 
     def _set_up_correction(self) -> None:
         if self._corrected is None or self.compute_loss_func is not self._corrected:
@@ -275,10 +333,9 @@ class HessianRegularizedTrainer(Trainer):
             self.radius_choice = RadiusChoice.load(Path(resumed).absolute().parent / CHOICE_FILE)
             return
         dataset, prefix = self._validation_set()
-        if self._estimates_noise and self.noise_estimate is None:
-            self._estimate_noise()
-            self._set_up_correction()
-            self._set_up_noisy_evaluation()
+        self._study_labels(posteriors=self._uses_posteriors)
+        self._set_up_correction()
+        self._set_up_noisy_evaluation()
         # With model_init each candidate makes its own model.
         weights, restore = snapshot(self._model if self.model_init is None else None)
 
@@ -396,7 +453,8 @@ class HessianRegularizedTrainer(Trainer):
         if self.label_names[0] != "labels":
             del inputs[self.label_names[0]]
         if self._model_requires_labels:
-            model = functools.partial(model, **{self.label_names[0]: labels})  # type: ignore[assignment]
+            classes = labels.argmax(-1) if labels.is_floating_point() else labels  # posteriors
+            model = functools.partial(model, **{self.label_names[0]: classes})  # type: ignore[assignment]
         if self._evaluated is not None:
             self.compute_loss_func = corrected.plain
         try:
@@ -424,7 +482,10 @@ class HessianRegularizedTrainer(Trainer):
             # Some releases shift by themselves, for some of the language models.
             first = int(self._corrected.shift and not getattr(self, "_loss_shifts_labels", False))
             name = self.label_names[0]
-            batch_samples = [{"labels": batch[name][..., first:]} for batch in batch_samples if name in batch]
+            labels = [batch[name] for batch in batch_samples if name in batch]
+            # Of posteriors, one number an example.
+            labels = [x[..., 0] if x.is_floating_point() else x[..., first:] for x in labels]
+            batch_samples = [{"labels": x} for x in labels]
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def evaluation_loop(
@@ -442,13 +503,13 @@ class HessianRegularizedTrainer(Trainer):
         and ``preprocess_logits_for_metrics``, ``batch_eval_metrics`` and ``prediction_loss_only`` make no difference.
         """
         if self._estimates_noise and self.noise_estimate is None:
-            self._read_estimate(Path(str(self.args.output_dir)))
+            self._read_study(Path(str(self.args.output_dir)), posteriors=False)
             if self.noise_estimate is None:
                 logger.warning(
                     "T is estimated from the features of the model as it is now: if it was trained on these labels, "
                     "they look clean to it. Give noise_transition the path of the estimate made before training"
                 )
-            self._estimate_noise()
+            self._study_labels(posteriors=False)
             self._set_up_correction()
             self._set_up_noisy_evaluation()
         outer = self._evaluated, self._predicted  # compute_metrics may itself predict
@@ -498,9 +559,9 @@ class HessianRegularizedTrainer(Trainer):
                     f"No valid checkpoint found in output directory ({self.args.output_dir}): there is none, or each "
                     "was cut off while being written. Start anew with resume_from_checkpoint=None"
                 )
-        if self._estimates_noise and resume_from_checkpoint:
-            # The model may be that of a checkpoint: then its features are no longer those that T came from.
-            self._read_estimate(Path(resume_from_checkpoint).absolute().parent)
+        if resume_from_checkpoint:
+            # The model may be that of a checkpoint: then its features are no longer those that these came from.
+            self._read_study(Path(resume_from_checkpoint).absolute().parent, posteriors=self._uses_posteriors)
         if self._chooses_radius:
             if trial is not None:
                 raise ValueError(

@@ -241,7 +241,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"transition_samples": ASYMMETRIC}, r"transition_samples have shape \(3, 3\)"),
     ({"transition_samples": [ASYMMETRIC]}, r"shape \(1, 3, 3\).*two at least"),
     ({"transition_samples": [ASYMMETRIC, 2 * ASYMMETRIC]}, r"transition_samples\[1\] is no transition matrix"),
-    ({"transition_samples": [ASYMMETRIC, np.full((3, 3), 1 / 3)]}, "50 % of transition_samples are singular"),
 ]  # fmt: skip
 
 
@@ -250,6 +249,19 @@ def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
     given = {"predictions": [0, 1, 2], "noisy_labels": [0, 1, 2], "transition": ASYMMETRIC}
     with pytest.raises(ValueError, match=message):
         clean_accuracy(**{**given, **changes})
+
+
+def test_draws_beyond_a_singular_matrix_leave_nothing_known() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 200)
+    draws = np.stack([ASYMMETRIC] * 97 + [ASYMMETRIC[[1, 0, 2]]] + [np.full((3, 3), 1 / 3)] * 2)
+    bounded = clean_accuracy(labels, labels, ASYMMETRIC, transition_samples=np.concatenate([draws, draws[:97]]))
+    assert bounded.interval != (0, 1)
+    found = clean_accuracy(labels, labels, ASYMMETRIC, transition_samples=draws)
+    assert found.interval == (0, 1)
+    assert set(found.recall_interval) == {(0, 1)}
+    assert found.accuracy == bounded.accuracy
+    assert clean_accuracy(labels, labels, ASYMMETRIC, transition_samples=draws[-2:]).interval == (0, 1)
 
 
 METRIC = """

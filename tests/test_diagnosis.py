@@ -418,8 +418,8 @@ def test_recommendations_follow_what_was_measured(flipped: tuple[Dataset, Diagno
     assert noise_level(0.09, (0.07, 0.11), 90, 3) == "none"
     assert noise_level(0.09, (0.07, 0.11), 3000, 3) == "noise"
     assert recommend(with_rate(0.10, 0.05), False, 0.01).arguments == radius
-    forward = {"noise_transition": "estimate", "loss_correction": "forward", **radius}
-    assert recommend(with_rate(0.3), False, 0.01).arguments == forward
+    posterior = {"noise_transition": "estimate", "loss_correction": "posterior", **radius}
+    assert recommend(with_rate(0.3), False, 0.01).arguments == posterior
     found = recommend(with_rate(0.3), True, 0.01)
     assert found.arguments == {"loss_correction": "gce", **radius}
     assert "depends on more than the class" in found.reason

@@ -49,7 +49,12 @@ def test_training_is_that_with_the_estimated_matrix(tmp_path: Path) -> None:
     estimate = trainer.noise_estimate
     assert estimate is not None
     assert np.abs(estimate.transition - T).sum(1).max() / 2 < 0.15
-    given = tiny.trainer(tmp_path / "b", noise_transition=estimate.transition, train_dataset=noisy())
+    given = tiny.trainer(
+        tmp_path / "b",
+        noise_transition=estimate.transition,
+        loss_correction="posterior",
+        train_dataset=noisy(),
+    )
     given.train()
     tiny.assert_equal_weights(tiny.weights(trainer.model), tiny.weights(given.model))
     saved = TransitionEstimate.load(tmp_path / "a" / FILE)
@@ -127,12 +132,12 @@ def test_random_transforms_leave_the_training_alone(tmp_path: Path) -> None:
         return {"input_ids": ids, "label": batch["label"]}
 
     data = noisy().with_transform(shuffled)
-    first = estimating(tmp_path / "a", train_dataset=data, remove_unused_columns=False)
+    settings = {"train_dataset": data, "remove_unused_columns": False, "loss_correction": "forward"}
+    first = estimating(tmp_path / "a", **settings)
     torch.manual_seed(7)
     first.train()
     assert first.noise_estimate is not None
-    given = first.noise_estimate.transition
-    second = tiny.trainer(tmp_path / "b", noise_transition=given, train_dataset=data, remove_unused_columns=False)
+    second = tiny.trainer(tmp_path / "b", noise_transition=first.noise_estimate.transition, **settings)
     torch.manual_seed(7)
     second.train()
     tiny.assert_equal_weights(tiny.weights(first.model), tiny.weights(second.model))

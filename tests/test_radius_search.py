@@ -270,8 +270,8 @@ def test_it_works_with_an_estimated_matrix_which_is_estimated_once(
     from hf_robust_ft import trainer as module
 
     calls = []
-    estimate = module.estimate_noise
-    monkeypatch.setattr(module, "estimate_noise", lambda *a: calls.append(1) or estimate(*a))
+    study = module.study_labels
+    monkeypatch.setattr(module, "study_labels", lambda *a, **k: calls.append(1) or study(*a, **k))
     settings = {"noise_transition": "estimate", "train_dataset": separable(300, 0, 0.2)}
     searched = auto(tmp_path / "a", eval_dataset=separable(60, 1, 0.2), **settings)
     searched.train()

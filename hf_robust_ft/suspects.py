@@ -31,8 +31,8 @@ def rank_suspects(
     cleanlab ranks (self-confidence, Northcutt, Jiang & Chuang 2021, arXiv 1911.00068). What it is given is not the
     usual out-of-fold ``P(ỹ | x)``: that of a label is high where a class is *often given by mistake*, as in pair flips,
     and the ranking is then near chance. It is the posterior of the true class, given features and label
-    (:func:`label_posteriors`). On both shared data sets (5,000 examples), of the first m suspects, m the number of wrong labels, 95-96 % are wrong under 40 % pair flips
-    (54 % with ``P(ỹ | x)``), and 88-92 % under symmetric noise (88-92 %).
+    (:func:`label_posteriors`). Of the first m suspects, m the number of wrong labels, on both shared data sets
+    (5,000 examples), recipes/RESULTS.md has the share that is wrong.
 
     Args:
         features: [n, d], finite, of a frozen pretrained model.

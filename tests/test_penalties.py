@@ -151,6 +151,7 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("reflected", [False, True])
 @pytest.mark.parametrize("kind", [Stopped, KeyboardInterrupt])
+@pytest.mark.usefixtures("interruptible")
 def test_weights_come_back_after_an_exception(kind: type[BaseException], reflected: bool) -> None:
     weights = _weights((5, 3), dtype=torch.float32)
     starts = _copies(weights)

@@ -28,7 +28,7 @@ from .callbacks import ProjectionCallback
 from .checkpoint import ConstraintRecord, last_complete_checkpoint
 from .clean_accuracy import CleanAccuracy, clean_accuracy
 from .constraints import ConstraintTable, LayerConstraints
-from .corrected_loss import CorrectedLoss, loss_type
+from .corrected_loss import CorrectedLoss, loss_type, with_loss_first
 from .data import check_dataset_labels
 from .estimation import TransitionEstimate
 from .features import make_constraints, make_corrected_loss, num_classes, requires_argument, setting
@@ -426,7 +426,7 @@ class HessianRegularizedTrainer(Trainer):
             self._evaluated.append(self.accelerator.gather_for_metrics(pair).cpu())
         if self._predicted is not None:
             self._keep_predictions(outputs, labels)
-        return (loss, _with_loss_first(outputs, loss)) if return_outputs else loss
+        return (loss, with_loss_first(outputs, loss)) if return_outputs else loss
 
     def _keep_predictions(self, outputs: Any, labels: Tensor) -> None:
         assert self._predicted is not None  # what is called only then
@@ -558,13 +558,3 @@ class HessianRegularizedTrainer(Trainer):
             record = ConstraintRecord(self._reference_digest, constraints.norm, constraints.radii, constraints.fresh)
             record.save(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
-
-
-def _with_loss_first(outputs: Any, loss: Tensor) -> Any:
-    """Outputs whose first member is a loss, which evaluation drops, as it does for transformers' models."""
-    if isinstance(outputs, dict):
-        return outputs
-    rest = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
-    if rest and (rest[0] is None or (isinstance(rest[0], Tensor) and rest[0].dim() == 0)):
-        rest = rest[1:]
-    return (loss, *rest)

@@ -207,10 +207,11 @@ class LayerConstraints:
 
     def _pulled_distances(self) -> dict[str, float]:
         """Of the layers that have no ball."""
+        balls = self.radii
         return {
             layer.name: distance(layer.parameter, self._centres[layer.name], "frobenius")
             for layer in self._pulled
-            if layer.name not in self.radii
+            if layer.name not in balls
         }
 
     def table(self) -> ConstraintTable:

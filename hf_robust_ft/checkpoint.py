@@ -18,7 +18,7 @@ STATE_FILE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class ConstraintRecord:
-    """Written into every checkpoint of a constrained run."""
+    """Written into every checkpoint of a run whose weights are held by balls or by a penalty."""
 
     reference_sha256: str
     radius_norm: str
@@ -47,7 +47,7 @@ class ConstraintRecord:
         except FileNotFoundError:
             raise ReferenceMismatch(
                 f"{path} is missing: this checkpoint was trained without layer_radius, so its centres are not known. "
-                "Resume with layer_radius=None, or start a new run from the pretrained weights"
+                "Resume with layer_radius=None and l2sp_penalty=0, or start a new run from the pretrained weights"
             ) from None
         except (AttributeError, TypeError, ValueError) as error:
             raise ReferenceMismatch(f"{path} is damaged ({error}): resume from another checkpoint") from None

@@ -1,6 +1,8 @@
-"""Layer-wise constraints ``‖W_i - W_i^ref‖ ≤ α_i``: radii, projection, and an audit of every parameter.
+"""Layer-wise constraints ``‖W_i - W_i^ref‖ ≤ α_i``: radii, projection, and an audit of every parameter; and their
+soft form, a penalty on the distances.
 
-Source: equation 7 and algorithm 1 of Ju, Li & Zhang 2022; Li & Zhang 2021; Gouk et al. 2021.
+Source: equation 7 and algorithm 1 of Ju, Li & Zhang 2022; Li & Zhang 2021; Gouk et al. 2021; for the penalty Li,
+Grandvalet & Davoine 2018.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from .layers import Layer, NotALayer, find_layers
+from .penalties import add_l2sp_gradient
 from .projection import Norm, distance, magnitude, project_
 from .reference import capture_reference, reference_weight
 
@@ -33,9 +36,10 @@ class ConstraintRow:
     radius: float | None
     norm: Norm | None
     distance: float | None
-    """Now, in the row's norm. None if free: no copy of a free weight is kept."""
+    """Now, in the row's norm (Frobenius for a free layer that a penalty pulls). None if nothing holds the weight: no
+    copy of it is kept."""
     free: str | None
-    """Why there is no constraint; None if there is one."""
+    """Why there is no ball; None if there is one."""
     tied: tuple[str, ...] = ()
     """Other names of the same parameter."""
 
@@ -55,7 +59,8 @@ class ConstraintTable(tuple[ConstraintRow, ...]):
             name = row.name if not row.tied else f"{row.name} (= {', '.join(row.tied)})"
             shape = "×".join(map(str, row.shape))
             if row.free is not None:
-                cells.append((name, shape, "free", "", "", "", row.free))
+                distance = "" if row.distance is None else f"{row.distance:.4g}"
+                cells.append((name, shape, row.centre or "free", "", row.norm or "", distance, row.free))
             else:
                 state = "active" if row.active else ""
                 values = (f"{row.radius:.4g}", str(row.norm), f"{row.distance:.4g}")
@@ -79,7 +84,7 @@ class Ball:
 
 
 class LayerConstraints:
-    """The balls around the layers of one model.
+    """The balls around the layers of one model, and the penalty that pulls at them.
 
     Args:
         model: unwrapped.
@@ -93,10 +98,13 @@ class LayerConstraints:
         capture_missing: whether a layer that the reference lacks is centred on its present weights, too.
         fresh: names of the freshly initialised layers, as an earlier run found them: a model built from a
             checkpoint no longer tells. By default those that :func:`find_layers` names.
+        penalty: λ of the L2-SP penalty ``λ/2 Σ_i ‖W_i - W_i^ref‖_F²`` over all layers, with or without a radius, but
+            the freshly initialised ones: their initial weights hold no knowledge to stay close to.
 
     Raises:
         ValueError: a negative or NaN radius, a pattern without a match, a growth that is not positive, a
-            relative radius around zero weights, an adapter model, a layer without rows under ``"inf_op"``.
+            relative radius around zero weights, an adapter model, a layer without rows under ``"inf_op"``,
+            a penalty without a layer to pull at.
         ReferenceMismatch: a reference that lacks a layer or has another shape.
     """
 
@@ -111,6 +119,7 @@ class LayerConstraints:
         reference: Mapping[str, Tensor] | None = None,
         capture_missing: bool = False,
         fresh: Collection[str] | None = None,
+        penalty: float = 0.0,
     ) -> None:
         if not (math.isfinite(growth) and growth > 0):
             raise ValueError(f"radius_growth is {growth}; it is a positive factor from one depth to the next")
@@ -131,25 +140,41 @@ class LayerConstraints:
                 constrained.append((layer, value))
             else:
                 self._free.append((layer, free))
+        self._penalty = penalty
+        self._pulled = [layer for layer in layers if not layer.fresh] if penalty else []
+        if penalty and not self._pulled:
+            raise ValueError(
+                f"l2sp_penalty is {penalty}, but the model has no pretrained weight matrix that is trained; set it to 0"
+            )
         if constrained and hasattr(model, "peft_config"):
             raise ValueError(
                 "layer_radius is set on a PEFT model: a ball around one adapter factor does not bound the change "
                 "of the layer. Leave layer_radius=None with adapters, or fine-tune the full weights"
             )
+        if self._pulled and hasattr(model, "peft_config"):
+            raise ValueError(
+                f"l2sp_penalty is {penalty} on a PEFT model: the distance that one adapter factor goes is not that of "
+                "the layer. Leave l2sp_penalty=0 with adapters, or fine-tune the full weights"
+            )
+        held = {layer.name: layer for layer in (*(layer for layer, _ in constrained), *self._pulled)}
         if reference is None or capture_missing:
             known = reference or {}
-            missing = capture_reference(layer for layer, _ in constrained if layer.name not in known)
+            missing = capture_reference(layer for name, layer in held.items() if name not in known)
             reference = {**known, **missing}
-        self._balls = [_ball(layer, value * growth**layer.depth, norm, mode, reference) for layer, value in constrained]
+        self._centres = {name: reference_weight(layer, reference) for name, layer in held.items()}
+        self._balls = [
+            _ball(layer, value * growth**layer.depth, norm, mode, self._centres[layer.name])
+            for layer, value in constrained
+        ]
 
     def __len__(self) -> int:
-        """The number of constrained layers; an object without any is false."""
-        return len(self._balls)
+        """The number of layers that a ball or the penalty holds; an object without any is false."""
+        return len(self._centres)
 
     @property
     def reference(self) -> dict[str, Tensor]:
         """The centres, by parameter name."""
-        return {ball.layer.name: ball.centre for ball in self._balls}
+        return dict(self._centres)
 
     @property
     def radii(self) -> dict[str, float]:
@@ -168,9 +193,26 @@ class LayerConstraints:
                 row_dims=ball.layer.row_dims or (0,),
             )
 
+    def add_pull(self, scale: float = 1.0) -> None:
+        """Add the gradient of the penalty, ``scale · λ (W_i - W_i^ref)``, to those of the layers."""
+        for layer in self._pulled:
+            add_l2sp_gradient(layer.parameter, self._centres[layer.name], scale * self._penalty)
+
     def distances(self) -> dict[str, float]:
-        """``‖W_i - W_i^ref‖`` of each constrained layer now, in float64, by parameter name."""
-        return {ball.layer.name: ball.distance(self.norm) for ball in self._balls}
+        """``‖W_i - W_i^ref‖`` of each layer that is held now, in float64, by parameter name.
+
+        In the norm of the constraint; the Frobenius norm for a layer without one, which only the penalty holds.
+        """
+        return {ball.layer.name: ball.distance(self.norm) for ball in self._balls} | self._pulled_distances()
+
+    def _pulled_distances(self) -> dict[str, float]:
+        """Of the layers that have no ball."""
+        balls = self.radii
+        return {
+            layer.name: distance(layer.parameter, self._centres[layer.name], "frobenius")
+            for layer in self._pulled
+            if layer.name not in balls
+        }
 
     def table(self) -> ConstraintTable:
         """Every trained parameter: its centre, radius, norm and distance, or why it is free."""
@@ -187,22 +229,29 @@ class LayerConstraints:
             )
             for ball in self._balls
         ]
-        rows += [
-            ConstraintRow(layer.name, tuple(layer.parameter.shape), None, None, None, None, reason, tied=layer.tied)
-            for layer, reason in self._free
-        ]
+        pulled = self._pulled_distances()
+        for layer, reason in self._free:
+            free = ConstraintRow(layer.name, tuple(layer.parameter.shape), None, None, None, None, reason, layer.tied)
+            if layer.name in pulled:
+                free = replace(
+                    free,
+                    centre="pretrained",
+                    norm="frobenius",
+                    distance=pulled[layer.name],
+                    free=f"{reason}; pulled by l2sp_penalty",
+                )
+            rows.append(free)
         rows += [ConstraintRow(o.name, o.shape, None, None, None, None, o.reason) for o in self._others]
         return ConstraintTable(rows)
 
 
-def _ball(layer: Layer, radius: float, norm: Norm, mode: str, reference: Mapping[str, Tensor]) -> Ball:
+def _ball(layer: Layer, radius: float, norm: Norm, mode: str, centre: Tensor) -> Ball:
     if norm == "inf_op" and layer.row_dims is None:
         raise ValueError(
             f"radius_norm='inf_op' has no rows in {layer.name} ({layer.kind}, shape "
             f"{tuple(layer.parameter.shape)}); "
             "use 'frobenius', or free it with a null radius"
         )
-    centre = reference_weight(layer, reference)
     centre_norm = magnitude(centre, norm, layer.row_dims or (0,))
     if mode == "relative":
         if centre_norm == 0:

@@ -219,6 +219,16 @@ def find_logits(outputs: Any) -> Tensor:
     )
 
 
+def with_loss_first(outputs: Any, loss: Tensor) -> Any:
+    """Outputs whose first member is a loss, which evaluation drops, as it does for transformers' models."""
+    if isinstance(outputs, dict):
+        return outputs
+    rest = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+    if rest and (rest[0] is None or (isinstance(rest[0], Tensor) and rest[0].dim() == 0)):
+        rest = rest[1:]
+    return (loss, *rest)
+
+
 def loss_type(model: nn.Module) -> str | None:
     """transformers' name for the loss of a model; None for models from elsewhere."""
     model = getattr(model, "_orig_mod", model)  # torch.compile

@@ -104,7 +104,7 @@ def make_constraints(
     capture_missing: bool = False,
     fresh: Collection[str] | None = None,
 ) -> LayerConstraints:
-    """The balls that the arguments ask for; none of them if ``layer_radius`` is None.
+    """The balls and the pull that the arguments ask for; none if ``layer_radius`` is None and ``l2sp_penalty`` 0.
 
     Args:
         sharded_by: what splits the weights over processes, if something does.
@@ -112,7 +112,8 @@ def make_constraints(
         reference, capture_missing, fresh: see :class:`LayerConstraints`.
 
     Raises:
-        ValueError: sharded weights, or what :class:`LayerConstraints` refuses.
+        ValueError: sharded weights, an optimizer that steps within the backward pass beside a penalty, or what
+            :class:`LayerConstraints` refuses.
     """
     radius, mode = setting(args, "layer_radius"), setting(args, "radius_mode")
     if is_auto(radius):
@@ -124,6 +125,9 @@ def make_constraints(
             f"layer_radius does not work with {sharded_by} yet, as no process holds a whole layer; "
             "use DDP (accelerate launch or torchrun without it), or set layer_radius=None"
         )
+    for argument in ("hessian_penalty", "l2sp_penalty"):
+        if setting(args, argument):
+            _check_gradients(args, argument, sharded_by)
     return LayerConstraints(
         model,
         radius,
@@ -133,7 +137,24 @@ def make_constraints(
         reference=reference,
         capture_missing=capture_missing,
         fresh=fresh,
+        penalty=setting(args, "l2sp_penalty"),
     )
+
+
+def _check_gradients(args: TrainingArguments, argument: str, sharded_by: str | None) -> None:
+    """Refuse what leaves no whole gradient to a penalty between the backward pass and the optimizer step."""
+    asked = f"{argument}={setting(args, argument)}"
+    if sharded_by is not None:
+        raise ValueError(
+            f"{asked} does not work with {sharded_by} yet, as no process holds whole weights and gradients; "
+            f"use DDP (accelerate launch or torchrun without it), or set {argument}=0"
+        )
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if "lomo" in optimizer or optimizer.endswith("layerwise"):
+        raise ValueError(
+            f"{asked} does not work with optim='{optimizer}', which steps within the backward pass; choose one "
+            f"that steps after it, such as 'adamw_torch', or set {argument}=0"
+        )
 
 
 def requires_argument(model: nn.Module, argument: str) -> bool:

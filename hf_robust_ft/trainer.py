@@ -28,7 +28,7 @@ from .callbacks import ProjectionCallback
 from .checkpoint import ConstraintRecord, last_complete_checkpoint
 from .clean_accuracy import CleanAccuracy, clean_accuracy
 from .constraints import ConstraintTable, LayerConstraints
-from .corrected_loss import CorrectedLoss, loss_type
+from .corrected_loss import CorrectedLoss, loss_type, with_loss_first
 from .data import check_dataset_labels
 from .estimation import TransitionEstimate
 from .features import correction_of, make_constraints, make_corrected_loss, num_classes, requires_argument, setting
@@ -44,6 +44,7 @@ from .noisy_evaluation import (
     make_noisy_evaluation,
     noisy_datasets,
 )
+from .penalized_step import penalized_step
 from .radius_search import CANDIDATES, RadiusChoice, Scores, example_scores, search_radius, validation_set
 from .radius_search import FILE as CHOICE_FILE
 from .reference import load_reference, reference_digest, save_reference
@@ -57,8 +58,15 @@ class HessianRegularizedTrainer(Trainer):
 
     With :class:`~hf_robust_ft.RobustTrainingArguments` it corrects the loss by the noise transition
     matrix (``noise_transition``, ``loss_correction``) and keeps each layer in a ball around its
-    pretrained weights (``layer_radius`` and its kin). With plain ``TrainingArguments``, or with both
+    pretrained weights (``layer_radius`` and its kin). With plain ``TrainingArguments``, or with all
     features off, it trains exactly as ``Trainer`` does.
+
+    ``hessian_penalty`` and ``l2sp_penalty`` add to the loss what their equations in
+    :class:`~hf_robust_ft.RobustTrainingArguments` say; the logged loss is without the second. With the first, every
+    micro-batch passes forward and backward twice, at ``W + u`` and ``W - u``, and the weights are back at W, bit for
+    bit, before anything else sees them. u is the same for all micro-batches and processes of an optimizer step; dropout
+    differs between the two passes; batch norm updates its running statistics in both. Weights at W ± u may lie outside
+    their balls; W does not.
 
     ``noise_transition="estimate"`` estimates T before the first step, from the training labels and the features
     of the frozen backbone (:func:`~hf_robust_ft.estimate_transition`): see :attr:`noise_estimate`, and
@@ -422,6 +430,13 @@ class HessianRegularizedTrainer(Trainer):
 
     # The loss
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As ``Trainer.training_step``, with the penalties: see :func:`~hf_robust_ft.penalized_step.penalized_step`."""
+        step = functools.partial(super().training_step, model, inputs, num_items_in_batch)
+        return penalized_step(self, model, self.constraints, step)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -469,7 +484,7 @@ class HessianRegularizedTrainer(Trainer):
             self._evaluated.append(self.accelerator.gather_for_metrics(pair).cpu())
         if self._predicted is not None:
             self._keep_predictions(outputs, labels)
-        return (loss, _with_loss_first(outputs, loss)) if return_outputs else loss
+        return (loss, with_loss_first(outputs, loss)) if return_outputs else loss
 
     def _keep_predictions(self, outputs: Any, labels: Tensor) -> None:
         assert self._predicted is not None  # what is called only then
@@ -574,7 +589,7 @@ class HessianRegularizedTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """None beyond ``max_steps``: Trainer resumes a run that is finished within an epoch with one step more."""
         finished = 0 < self.state.max_steps <= self.state.global_step
-        if finished and (self.constraints or self._corrected is not None):
+        if finished and (self.constraints or self._corrected is not None or setting(self.args, "hessian_penalty")):
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
@@ -604,13 +619,3 @@ class HessianRegularizedTrainer(Trainer):
             record = ConstraintRecord(self._reference_digest, constraints.norm, constraints.radii, constraints.fresh)
             record.save(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
-
-
-def _with_loss_first(outputs: Any, loss: Tensor) -> Any:
-    """Outputs whose first member is a loss, which evaluation drops, as it does for transformers' models."""
-    if isinstance(outputs, dict):
-        return outputs
-    rest = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
-    if rest and (rest[0] is None or (isinstance(rest[0], Tensor) and rest[0].dim() == 0)):
-        rest = rest[1:]
-    return (loss, *rest)

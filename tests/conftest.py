@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 
 # Nothing here may ask the Hub; set before any test imports a library that reads it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 
 # Tiny models lose more to threads waiting for each other than they gain.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt: shells start what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

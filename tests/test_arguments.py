@@ -25,6 +25,16 @@ def test_every_feature_is_off_by_default(tmp_path: Path) -> None:
     parsed = parse(tmp_path)
     assert (parsed.noise_transition, parsed.loss_correction, parsed.layer_radius) == (None, None, None)
     assert (parsed.radius_norm, parsed.radius_mode, parsed.radius_growth) == ("frobenius", "absolute", 1.0)
+    assert (parsed.hessian_penalty, parsed.l2sp_penalty) == (0.0, 0.0)
+
+
+def test_penalties_are_numbers(tmp_path: Path) -> None:
+    parsed = parse(tmp_path, "--hessian_penalty", "0.01", "--l2sp_penalty", "1e-3")
+    assert (parsed.hessian_penalty, parsed.l2sp_penalty) == (0.01, 1e-3)
+    # As YAML reads it, and as numpy has it: JSON, which logs are written in, has no such numbers.
+    made = RobustTrainingArguments(str(tmp_path), hessian_penalty="1e-2", l2sp_penalty=np.float32(0.5))
+    assert [type(value) for value in (made.hessian_penalty, made.l2sp_penalty)] == [float, float]
+    assert (made.hessian_penalty, made.l2sp_penalty) == (0.01, 0.5)
 
 
 @pytest.mark.parametrize(

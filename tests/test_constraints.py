@@ -221,3 +221,34 @@ def test_a_given_reference_is_the_centre(model: nn.Module) -> None:
     assert min(constraints.distances().values()) > 0.1
     constraints.project_()
     assert max(constraints.distances().values()) <= 0.1
+
+
+def test_a_penalty_holds_all_pretrained_layers_beside_the_balls(tmp_path: Path, model: Any) -> None:
+    model.bert.save_pretrained(tmp_path)
+    loaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    constraints = LayerConstraints(loaded, {"classifier": 2.0, "*query*": 0.1}, norm="inf_op", penalty=0.5)
+    pretrained = {layer.name for layer in find_layers(loaded)[0] if not layer.fresh}
+    assert constraints.reference.keys() == pretrained | {"classifier.weight"}
+    assert constraints.radii.keys() == {name for name in pretrained if "query" in name} | {"classifier.weight"}
+    assert len(constraints) == len(pretrained) + 1
+
+    before = tiny.weights(loaded)
+    shake(loaded)
+    for parameter in loaded.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    constraints.add_pull(4.0)
+    for name, parameter in loaded.named_parameters():
+        pull = 4.0 * 0.5 * (parameter.detach() - before[name]) if name in pretrained else 0.0
+        torch.testing.assert_close(parameter.grad, torch.ones_like(parameter) + pull)
+    assert constraints.distances().keys() == constraints.reference.keys()
+    key = "bert.encoder.layer.0.attention.self.key.weight"
+    assert constraints.distances()[key] == layer_distances(loaded, before)[key]
+
+
+def test_a_penalty_asks_nothing_of_the_layers_that_only_balls_need() -> None:
+    """Zero weights have no relative radius, and transposed convolutions in groups no rows."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.ConvTranspose1d(2, 2, 3, groups=2))
+    nn.init.zeros_(model[0].weight)
+    constraints = LayerConstraints(model, None, norm="inf_op", mode="relative", penalty=1.0)
+    assert constraints.distances() == {"0.weight": 0.0, "1.weight": 0.0}
+    constraints.project_()

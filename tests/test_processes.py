@@ -51,8 +51,8 @@ def _results(out: Path, name: str, processes: int) -> list[Any]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
-    _run(out, 1, "gradients", "evaluation", "base", "estimate", "radius")
-    _run(out, 2, "gradients", "evaluation", "head", "estimate", "radius")
+    _run(out, 1, "gradients", "penalties", "evaluation", "base", "estimate", "radius")
+    _run(out, 2, "gradients", "penalties", "evaluation", "head", "estimate", "radius")
     return out
 
 
@@ -86,6 +86,19 @@ def test_the_layout_of_a_batch_does_not_matter(
 def test_both_processes_hold_the_same_weights(runs: Path) -> None:
     first, second = _results(runs, "gradients", 2)
     assert first == second
+
+
+@pytest.mark.parametrize("layout", [(1, 2, 4), (2, 4, 1), (2, 2, 2)], ids=str)
+def test_the_layout_does_not_matter_to_the_penalties(runs: Path, layout: tuple[int, int, int]) -> None:
+    processes, batch, accumulation = layout
+    (one,) = _results(runs, "penalties", 1)
+    expected = one["batch 8 accumulation 1"]
+    for rank in _results(runs, "penalties", processes):
+        got = rank[f"batch {batch} accumulation {accumulation}"]
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-9)
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)  # logged in float32
+        for name, weight in expected["weights"].items():
+            assert got["weights"][name] == pytest.approx(weight, rel=0, abs=1e-10), name
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -242,6 +242,50 @@ def test_without_its_reference_a_run_is_not_resumed(
     assert _different(trainer.constraints.reference, pretrained) == []
 
 
+@pytest.mark.parametrize("built_from", ["base", "checkpoint"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hessian_penalty": 0.05},
+        {"l2sp_penalty": 0.5},
+        {"hessian_penalty": 0.05, "l2sp_penalty": 0.5, "layer_radius": {"*query*": 0.02}},
+    ],
+    ids=["noise", "pull", "both, and balls"],
+)
+def test_a_penalized_run_is_resumed_bit_for_bit(
+    tmp_path: Path, pretrained: Weights, settings: dict[str, Any], built_from: str
+) -> None:
+    settings = {"layer_radius": None, "gradient_accumulation_steps": 2} | settings
+    whole, _ = _trainer(tmp_path, **settings)
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    model = None
+    if built_from == "checkpoint":
+        model = BertForSequenceClassification.from_pretrained(tmp_path / "checkpoint-4")
+    trainer, steps = _trainer(tmp_path, model, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert steps == [4, 5]
+    assert _different(_weights(trainer.model), _weights(whole.model)) == []
+    if "l2sp_penalty" in settings:
+        assert trainer.constraints.reference.keys() == whole.constraints.reference.keys()
+        assert _different(trainer.constraints.reference, pretrained) == []
+        assert len(trainer.constraints) > len(trainer.constraints.radii)
+
+
+def test_a_run_without_a_pull_is_not_resumed_with_one(tmp_path: Path) -> None:
+    """Where its layers have to be pulled to was not kept, or not for all of them."""
+    for radius, message in (
+        (None, "Resume with layer_radius=None and l2sp_penalty=0"),
+        ({"*query*": 0.02}, "no weights"),
+    ):
+        folder = tmp_path / str(radius is None)
+        _trainer(folder, layer_radius=radius, max_steps=2)[0].train()
+        trainer, steps = _trainer(folder, layer_radius=radius, l2sp_penalty=0.5)
+        with pytest.raises(ReferenceMismatch, match=message):
+            trainer.train(resume_from_checkpoint=True)
+        assert steps == []
+
+
 @pytest.mark.parametrize("trainer_class", [Trainer, HessianRegularizedTrainer], ids=["of Trainer", "without a radius"])
 def test_an_unconstrained_run_is_not_resumed_with_a_radius(tmp_path: Path, trainer_class: type[Trainer]) -> None:
     """Where it started from, and so where the balls would have to be, was not kept."""

@@ -49,7 +49,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def test_the_signature_is_that_of_trainer() -> None:
     assert inspect.signature(HessianRegularizedTrainer) == inspect.signature(Trainer)
-    for name in ("train", "evaluate", "predict", "compute_loss", "evaluation_loop"):
+    for name in ("train", "evaluate", "predict", "training_step", "compute_loss", "evaluation_loop"):
         ours, theirs = getattr(HessianRegularizedTrainer, name), getattr(Trainer, name)
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
 
@@ -600,6 +600,10 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
         model.fc1.weight = nn.Parameter(distribute_tensor(model.fc1.weight.detach(), mesh))
         with pytest.raises(ValueError, match="does not work with a model sharded at load time yet"):
             make_constraints(tiny.arguments(tmp_path, layer_radius=0.1), model)
+        with pytest.raises(
+            ValueError, match=r"hessian_penalty=0\.1 does not work with a model sharded at load time yet"
+        ):
+            make_constraints(tiny.arguments(tmp_path, hessian_penalty=0.1), model)
         assert not make_constraints(tiny.arguments(tmp_path), model)
     finally:
         dist.destroy_process_group()

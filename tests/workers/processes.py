@@ -138,6 +138,32 @@ def gradients(out: Path) -> dict[str, Any]:
     return results
 
 
+def penalties(out: Path) -> dict[str, Any]:
+    """Noise and pull, with AdamW and projection; each process has its own random state."""
+    torch.manual_seed(100 + RANK)
+    results: dict[str, Any] = {}
+    for batch, accumulation in LAYOUTS[PROCESSES]:
+        settings = arguments(
+            out,
+            hessian_penalty=0.05,
+            l2sp_penalty=0.5,
+            layer_radius={"*query*": 0.02},
+            noise_transition=NOISE,
+            learning_rate=0.01,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=STEPS,
+        )
+        trainer = HessianRegularizedTrainer(build("token"), settings, train_dataset=examples("token", 8 * STEPS))
+        trainer.train()
+        results[f"batch {batch} accumulation {accumulation}"] = {
+            "grad_norm": [x["grad_norm"] for x in trainer.state.log_history if "grad_norm" in x],
+            "loss": [x["loss"] for x in trainer.state.log_history if "loss" in x],
+            "weights": flat(trainer.model),
+        }
+    return results
+
+
 def evaluation(out: Path) -> dict[str, Any]:
     """Evaluation of 11 examples, which two processes can't share evenly in batches of 2, and of 12."""
     results: dict[str, Any] = {}
@@ -282,7 +308,7 @@ def sharded(out: Path) -> dict[str, Any]:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    tasks = (gradients, evaluation, base, head, estimate, radius, sharded)
+    tasks = (gradients, penalties, evaluation, base, head, estimate, radius, sharded)
     functions = {function.__name__: function for function in tasks}
     for name in sys.argv[3:]:
         result = functions[name](out)

@@ -7,6 +7,9 @@ import math
 from scipy.optimize import brentq
 from scipy.stats import beta
 
+# More than the rounding error of a divergence in float64, whose two terms cancel.
+ROUNDING = 2e-15
+
 
 def binary_kl(q: float, p: float) -> float:
     """``kl(q‖p) = q log(q/p) + (1 - q) log((1 - q)/(1 - p))`` between two coin flips, in nats.
@@ -43,6 +46,7 @@ def kl_inverse(q: float, bound: float) -> float:
         raise ValueError(f"q is {q}; it is a mean loss in [0, 1]")
     if not bound >= 0:
         raise ValueError(f"bound is {bound}; a divergence is at least 0")
+    bound += ROUNDING
     # Pinsker: kl(q‖p) >= 2 (p - q)², so the root lies below this.
     top = q + math.sqrt(bound / 2)
     if top >= 1:
@@ -52,7 +56,7 @@ def kl_inverse(q: float, bound: float) -> float:
     if top <= q:
         return q
     root = brentq(lambda p: binary_kl(q, p) - bound, q, top, xtol=1e-15, rtol=1e-14)
-    return min(1.0, float(root) + 1e-12)
+    return min(1.0, float(root) * (1 + 1e-12) + 1e-15)
 
 
 def mean_bound(mean: float, n: int, delta: float, *, binary: bool) -> float:

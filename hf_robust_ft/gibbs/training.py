@@ -246,15 +246,15 @@ def _principal_directions(
     excluded: set[str] = set()
     examples = 0
 
-    def look(name: str, x: Tensor) -> None:
-        if x.numel() != examples * x.shape[-1]:
+    def look(name: str, args: tuple[Any, ...]) -> None:
+        if not args or args[0].numel() != examples * args[0].shape[-1]:
             excluded.add(name)
         elif name not in excluded:
-            rows = x.reshape(examples, -1).double()
+            rows = args[0].reshape(examples, -1).double()
             moments[name] = moments.get(name, 0) + rows.mT @ rows
 
     handles = [
-        module.register_forward_pre_hook(lambda module, args, name=name: look(name, args[0]))
+        module.register_forward_pre_hook(lambda module, args, name=name: look(name, args))
         for name, module in linear.items()
     ]
     total = 0
@@ -275,6 +275,8 @@ def _principal_directions(
         raise ValueError("batches gave no example; give a list or a DataLoader, as an iterator is used up")
     found = {}
     for name in moments.keys() - excluded:
+        if not bool(moments[name].isfinite().all()):
+            raise ValueError(f"the inputs of {name} hold NaN or infinity: look at the examples and the model's weights")
         values, basis = torch.linalg.eigh(moments[name] / total)
         found[name] = Spectrum(values, basis)
         bias = f"{name.removesuffix('weight')}bias"

@@ -25,7 +25,7 @@ from hf_robust_ft import (
 )
 from hf_robust_ft.bounds.kl import kl_inverse
 from hf_robust_ft.gibbs import WeightPosterior
-from hf_robust_ft.gibbs.injection import Noise, fresh_noise, noise_owners
+from hf_robust_ft.gibbs.injection import JUDGING, TRAINING, Noise, fresh_noise, generator_of, noise_owners
 from hf_robust_ft.gibbs.posterior import centres, prior_unit
 from hf_robust_ft.gibbs.training import _slopes
 
@@ -150,6 +150,15 @@ def trainable(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> Non
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(wanted(name, module))
+
+
+def test_training_and_judging_never_share_a_stream() -> None:
+    cpu = torch.device("cpu")
+    drawn = [
+        torch.randn(8, generator=generator_of(seed, purpose, cpu)) for seed in (0, 1) for purpose in (TRAINING, JUDGING)
+    ]
+    assert len({tuple(each.tolist()) for each in drawn}) == 4
+    assert torch.equal(drawn[0], torch.randn(8, generator=generator_of(0, TRAINING, cpu)))
 
 
 # What has no rule is refused by name

@@ -81,7 +81,7 @@ def distance_measures(
         if degenerate:
             return math.nan
         pairs = zip(norms, divisors, strict=True)
-        return math.fsum((d[norm] / divisor) ** power for (_, d), divisor in pairs) ** (1 / power)
+        return float(math.fsum((d[norm] / divisor) ** power for (_, d), divisor in pairs) ** (1 / power))
 
     gamma = math.log(margin) if margin is not None else 0.0
     found += [

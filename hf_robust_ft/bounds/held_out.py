@@ -18,7 +18,7 @@ def held_out_bound(found: CleanAccuracy) -> Bound:
         the labels contradict T.
     """
     low, high = found.interval
-    assumptions = (
+    assumptions: tuple[str, ...] = (
         "the examples were used neither to train nor to select, and are independent draws",
         "noise depends on the true class alone, and T is the one of these labels",
     )

@@ -72,7 +72,8 @@ def hessian_bound(
             raise ValueError(f"{label} is {value}; a bound needs finite numbers. Look at the loss that was measured")
     shift = 0.0
     extra: dict[str, float] = {}
-    what, known = "expected loss", ("cross entropy is not bounded: C is the largest loss seen",)
+    what = "expected loss"
+    known: tuple[str, ...] = ("cross entropy is not bounded: C is the largest loss seen",)
     if transition is not None:
         shift = smallest_loss
         inverse = invert_transition(load_transition(transition))

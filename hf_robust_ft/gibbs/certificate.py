@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..bounds.bound import Bound
 from ..bounds.pac_bayes import certified_error
 from ..curvature.mean import numbered_batches
-from .injection import fresh_noise, noise_owners
+from .injection import JUDGING, fresh_noise, generator_of, noise_owners
 from .posterior import Posterior
 from .training import evaluating, fit_posterior, logits_of
 
@@ -45,7 +45,7 @@ def pac_bayes_certificate(
             error on clean labels.
         delta: probability of failure.
         passes: draws for each example, in as many passes over the batches.
-        seed: of the draws; another one than :func:`fit_posterior` had, or its noise, would do no harm.
+        seed: of the draws, which are independent of those of :func:`fit_posterior` with the same seed.
 
     Raises:
         ValueError: a posterior of other parameters, passes below 1, fewer than 8 examples, and what ``certified_error``
@@ -62,7 +62,7 @@ def pac_bayes_certificate(
             "count every trained parameter, so fit the posterior of this model"
         )
     parameters = dict(model.named_parameters())
-    generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(seed)
+    generator = generator_of(seed, JUDGING, next(iter(parameters.values())).device)
     noises = posterior.noises
     before = {weight.name: parameters[weight.name].clone() for weight in posterior.weights}
     drawn: list[npt.NDArray[np.int64]] = []
@@ -137,6 +137,6 @@ def pac_bayes_head(
     batches = [(features, labels)]
     posterior = fit_posterior(head, {}, batches, transition=transition, epochs=steps, delta=delta, seed=seed)
     bound = pac_bayes_certificate(
-        head, posterior, batches, transition=transition, delta=delta, passes=5 * PASSES, seed=seed + 1
+        head, posterior, batches, transition=transition, delta=delta, passes=5 * PASSES, seed=seed
     )
     return posterior, bound

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
+
+TRAINING, JUDGING = 0, 1
 
 
 class NoNoiseRule(ValueError):
@@ -114,6 +117,12 @@ def fresh_noise(
         raise NoNoiseRule(
             f"{_some(silent)} had no call of its own in the forward pass, so its noise was not added: freeze it"
         )
+
+
+def generator_of(seed: int, purpose: int, device: torch.device) -> torch.Generator:
+    """A stream of its own for each purpose: a posterior must know nothing of the draws that it is judged by."""
+    mixed = np.random.SeedSequence([seed, purpose]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(mixed[0] >> np.uint64(1)))
 
 
 def _linear(module: nn.Module, x: Tensor, noises: Mapping[str, Noise], generator: torch.Generator) -> Tensor:

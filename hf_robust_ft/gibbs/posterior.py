@@ -57,7 +57,7 @@ class Posterior:
     @property
     def priors(self) -> int:
         """How many priors there were to choose from."""
-        return len(PRIOR_SCALES) ** self.groups
+        return int(len(PRIOR_SCALES) ** self.groups)
 
     @property
     def noises(self) -> dict[str, Noise]:

@@ -20,7 +20,7 @@ from ..curvature.mean import BAR_DELAY
 from ..curvature.model import Inputs, split_batch
 from ..losses import forward_corrected
 from ..noise import load_transition
-from .injection import Noise, fresh_noise
+from .injection import TRAINING, Noise, fresh_noise, generator_of
 from .posterior import Posterior, WeightPosterior, centres, group_of, prior_unit
 
 # How far a step of Adam takes all weights of a group together, in prior standard deviations. With one step length for
@@ -91,7 +91,7 @@ def fit_posterior(
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
         )
-        generator = torch.Generator(family.device).manual_seed(seed)
+        generator = generator_of(seed, TRAINING, family.device)
         # The slopes are those at a running mean, as kl^-1 of one batch's risk is not that of the mean risk.
         risks: dict[bool, float] = {}
         with tqdm(total=total, desc="posterior", unit="batch", delay=BAR_DELAY, leave=False, disable=None) as bar:
@@ -110,7 +110,7 @@ def fit_posterior(
                         )
                     by_risk, by_penalty = _slopes(risks[soft], penalty.item())
                     optimizer.zero_grad()
-                    (by_risk * risk + by_penalty * penalty).backward()
+                    torch.autograd.backward(by_risk * risk + by_penalty * penalty)
                     optimizer.step()
                     schedule.step()
                     bar.set_postfix(risk=f"{risks[soft]:.3f}", kl=f"{penalty.item() * n - constant:.0f}", refresh=False)
@@ -166,7 +166,7 @@ class _Family:
 
     @property
     def priors(self) -> int:
-        return len(PRIOR_SCALES) ** len(self._log_scale)
+        return int(len(PRIOR_SCALES) ** len(self._log_scale))
 
     def _std(self, name: str) -> Tensor:
         return self._units[name] * self._log_scale[self._members[name]].exp()
@@ -291,7 +291,7 @@ def logits_of(model: nn.Module, inputs: Inputs) -> Tensor:
     Raises:
         ValueError: logits of another shape.
     """
-    logits = find_logits(model(**inputs) if hasattr(inputs, "keys") else model(*inputs))
+    logits = find_logits(model(**inputs) if isinstance(inputs, Mapping) else model(*inputs))
     if logits.dim() != 2:
         raise ValueError(
             f"the model's logits have shape {tuple(logits.shape)}; the certificate is for one class an example, [B, K]"

@@ -25,7 +25,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
@@ -98,6 +97,8 @@ def fine_tuned(
     torch.manual_seed(args.seed)
     model = pretrained(args)
     if lora:
+        from peft import LoraConfig, get_peft_model  # pip install peft
+
         config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
         model = get_peft_model(model, config)
         groups = ["*classifier*", "*lora_A*", "*lora_B*"]

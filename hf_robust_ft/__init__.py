@@ -28,6 +28,7 @@ from .estimation import (
     estimate_transition,
     trusted_transition,
 )
+from .fold_probabilities import out_of_fold_probabilities
 from .frozen_features import frozen_features
 from .layers import Layer, NotALayer, find_layers
 from .losses import (
@@ -103,6 +104,7 @@ __all__ = [
     "noise_shape",
     "noise_stability",
     "nonnegative_backward",
+    "out_of_fold_probabilities",
     "pair_flip_transition",
     "rank_suspects",
     "spectral_density",

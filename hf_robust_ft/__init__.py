@@ -29,6 +29,7 @@ from .estimation import (
     estimate_transition,
     trusted_transition,
 )
+from .fold_probabilities import out_of_fold_probabilities
 from .frozen_features import frozen_features
 from .gibbs import NoNoiseRule, Posterior, fit_posterior, pac_bayes_certificate, pac_bayes_head
 from .label_posteriors import label_posteriors
@@ -117,6 +118,7 @@ __all__ = [
     "noise_shape",
     "noise_stability",
     "nonnegative_backward",
+    "out_of_fold_probabilities",
     "pac_bayes_bound",
     "pac_bayes_certificate",
     "pac_bayes_head",

@@ -45,7 +45,7 @@ def label_posteriors(
     x = check_features(features)
     y, num_classes = check_class_labels(labels, len(x), len(matrix))
     fold = stratified_folds(y, folds, seed)
-    spectrum = decompose(standardised(x))
+    spectrum = decompose(standardised(x, x[:0])[0])
     posterior: Matrix = np.eye(num_classes)[y]
     for _ in range(ROUNDS):
         scores = leave_one_out(spectrum, posterior, best_penalty(spectrum, posterior)) - posterior.mean(axis=0)

@@ -17,20 +17,27 @@ import io
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from hf_robust_ft import corrupt_labels, estimate_transition, pair_flip_transition, symmetric_transition
+from hf_robust_ft import (
+    corrupt_labels,
+    estimate_transition,
+    frozen_features,
+    pair_flip_transition,
+    symmetric_transition,
+)
 
 TASKS = {"fashion-mnist": ("dinov2-small", "image"), "wordnet-supersense": ("minilm-l6", "text")}
 NOISES = ("none", "symmetric-0.2", "symmetric-0.4", "pair_flip-0.4", "uneven-0.4", "instance-0.2", "instance-0.4")
+METHODS = ("joint", "joint+trusted", "confident_joint", "dual_t", "trusted")
 
 
 def main() -> None:
@@ -41,11 +48,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("estimate_noise.json"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--noises", nargs="+", default=list(NOISES[:4]), choices=NOISES)
-    parser.add_argument("--methods", nargs="+", default=["joint", "confident_joint", "dual_t", "trusted"])
+    parser.add_argument("--methods", nargs="+", default=["joint"], choices=METHODS)
     parser.add_argument("--sizes", nargs="+", type=int, default=[5000, 1000])
     parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12, 13, 14])
     parser.add_argument("--bootstrap", type=int, default=60)
-    parser.add_argument("--trusted", type=int, default=200, help="clean test examples that method trusted gets")
+    parser.add_argument("--trusted", type=int, default=200, help="relabelled examples, from the test set")
     args = parser.parse_args()
     records: list[dict[str, Any]] = []
     for task in args.tasks:
@@ -81,12 +88,18 @@ def measure(
     truth = make(num_classes, float(rate or 0))
     noisy = instance_dependent(x, y, float(rate), seed) if kind == "instance" else corrupt_labels(y, truth, seed)
     trusted = None
-    if method == "trusted":
+    if "trusted" in method:
         few = np.random.default_rng(seed).permutation(len(clean[1]))[: args.trusted]
-        trusted = (clean[0][few], clean[1][few])
+        trusted = (clean[0][few], clean[1][few], corrupt_labels(clean[1][few], truth, seed + 1))
     start = time.perf_counter()
     found = estimate_transition(
-        x, noisy, num_classes=num_classes, method=method, trusted=trusted, bootstrap=args.bootstrap, seed=seed
+        x,
+        noisy,
+        num_classes=num_classes,
+        method=method.removesuffix("+trusted"),
+        trusted=trusted,
+        bootstrap=args.bootstrap,
+        seed=seed,
     )
     seconds = time.perf_counter() - start
     difference = np.abs(found.transition - truth)
@@ -152,37 +165,31 @@ def extract(args: argparse.Namespace, task: str, split: str) -> tuple[np.ndarray
     folder, column = TASKS[task]
     table = pq.read_table(args.data / task / f"{split}.parquet")
     values, labels = table[column].to_pylist(), table["label"].to_numpy()
-    encode = encode_images if column == "image" else encode_texts
-    features = encode(args.models / folder, values)
+    load, batches = (
+        (AutoModelForImageClassification, image_batches)
+        if column == "image"
+        else (AutoModelForSequenceClassification, text_batches)
+    )
+    # The head is fresh and not used.
+    model = load.from_pretrained(args.models / folder)
+    features = frozen_features(model, batches(args.models / folder, values)).numpy()
     kept.parent.mkdir(parents=True, exist_ok=True)
     np.savez(kept, features=features, labels=labels)
     return features.astype(np.float64), labels
 
 
-@torch.inference_mode()
-def encode_images(folder: Path, values: list[dict[str, Any]]) -> np.ndarray:
-    """Class token and mean of the patch tokens, of images of 56 x 56 pixels."""
-    model, processor = AutoModel.from_pretrained(folder).eval(), AutoImageProcessor.from_pretrained(folder)
-    parts = []
+def image_batches(folder: Path, values: list[dict[str, Any]]) -> Iterator[Any]:
+    """Images of 56 x 56 pixels."""
+    processor = AutoImageProcessor.from_pretrained(folder)
     for i in range(0, len(values), 32):
         images = [Image.open(io.BytesIO(value["bytes"])).convert("RGB") for value in values[i : i + 32]]
-        pixels = processor(images, return_tensors="pt", size={"height": 56, "width": 56}, do_center_crop=False)
-        hidden = model(**pixels).last_hidden_state
-        parts.append(torch.cat([hidden[:, 0], hidden[:, 1:].mean(dim=1)], dim=1).numpy())
-    return np.concatenate(parts)
+        yield processor(images, return_tensors="pt", size={"height": 56, "width": 56}, do_center_crop=False)
 
 
-@torch.inference_mode()
-def encode_texts(folder: Path, values: list[str]) -> np.ndarray:
-    """Mean over the tokens of a text."""
-    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    parts = []
+def text_batches(folder: Path, values: list[str]) -> Iterator[Any]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     for i in range(0, len(values), 64):
-        batch = tokenizer(values[i : i + 64], padding=True, truncation=True, max_length=64, return_tensors="pt")
-        mask = batch["attention_mask"].unsqueeze(-1)
-        hidden = model(**batch).last_hidden_state
-        parts.append(((hidden * mask).sum(dim=1) / mask.sum(dim=1)).numpy())
-    return np.concatenate(parts)
+        yield tokenizer(values[i : i + 64], padding=True, truncation=True, max_length=64, return_tensors="pt")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ FLOORS = {
     "data": 3,
     "diagnosis": 3,
     "features": 3,
+    "fold_probabilities": 3,
     "heat_map": 3,
     "noise_estimate": 3,
     "label_targets": 3,

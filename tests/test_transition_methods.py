@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from mixture import draw, mixture, row_tv
 from scipy.optimize import approx_fprime
+from scipy.special import softmax
 
 from hf_robust_ft import (
     confident_joint_transition,
@@ -19,11 +20,13 @@ from hf_robust_ft import (
 from hf_robust_ft.estimation.class_conditional import (
     dependence_statistic,
     effect_size,
+    leading_components,
     regions,
     simulated_p_value,
 )
-from hf_robust_ft.estimation.crossfit import RIDGE_GRID, stratified_folds
-from hf_robust_ft.estimation.joint_likelihood import head_for, joint_transition, negative_log_posterior
+from hf_robust_ft.estimation.crossfit import given_probabilities, stratified_folds
+from hf_robust_ft.estimation.joint_likelihood import Gold, head_for, joint_transition, negative_log_posterior
+from hf_robust_ft.estimation.ridge import RIDGE_GRID, best_penalty, decompose, leave_one_out
 from hf_robust_ft.estimation.shrinkage import shrink
 
 T3 = np.array([[0.7, 0.2, 0.1], [0.05, 0.8, 0.15], [0.3, 0.1, 0.6]])
@@ -46,21 +49,42 @@ def test_impossible_folds_are_refused(folds: int, message: str) -> None:
 
 
 @pytest.mark.parametrize(("n", "dimensions"), [(60, 5), (40, 90)])
-def test_ridge_scores_are_the_normal_equations(n: int, dimensions: int) -> None:
-    """Both Gram matrices, against a naive solve with d + 1 unknowns for each fold."""
+def test_left_out_scores_are_those_of_heads_without_the_example(n: int, dimensions: int) -> None:
+    """Both Gram matrices, against a naive solve for each example with d + 1 unknowns."""
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((n, dimensions)), rng.integers(0, 3, n)
     found = crossfit(x, y, 3, folds=4)
-    standard = (x - x.mean(0)) / x.std(0)
+    standard, onehot = (x - x.mean(0)) / x.std(0), np.eye(3)[y]
+    design = np.c_[standard, np.ones(n)]
+    penalty = found.ridge * n * np.diag([1.0] * dimensions + [0.0])
     expected = np.empty((n, 3))
-    for f in range(4):
-        train = found.fold != f
-        center, onehot = standard[train].mean(0), np.eye(3)[y[train]]
-        a = (standard[train] - center).T @ (standard[train] - center) + found.ridge * train.sum() * np.eye(dimensions)
-        head = np.linalg.solve(a, (standard[train] - center).T @ (onehot - onehot.mean(0)))
-        expected[~train] = (standard[~train] - center) @ head
+    for i in range(n):
+        others = design[np.arange(n) != i]
+        head = np.linalg.solve(others.T @ others + penalty, others.T @ np.delete(onehot, i, 0))
+        expected[i] = design[i] @ head - onehot.mean(0)
     np.testing.assert_allclose(found.scores, expected / np.sqrt((expected**2).mean()), atol=1e-8)
     assert found.ridge in RIDGE_GRID
+
+
+def test_scores_of_other_labels_are_those_of_a_fit_to_them() -> None:
+    x, y, _ = mixture(200)
+    other = draw(np.full((200, 3), 1 / 3), 1)
+    found = crossfit(x[:150], y[:150], 3, new=x[150:])
+    spectrum = decompose((x[:150] - x[:150].mean(0)) / x[:150].std(0))
+    expected = leave_one_out(spectrum, np.eye(3)[other[:150]], found.ridge) - np.bincount(other[:150]) / 150
+    scores, new = found.rescore(other[:150])
+    np.testing.assert_allclose(scores, expected / np.sqrt((expected**2).mean()))
+    assert new.shape == (50, 3)
+    for again, first in zip(found.rescore(y[:150]), (found.scores, found.new_scores), strict=True):
+        np.testing.assert_array_equal(again, first)
+
+
+def test_the_penalty_has_the_least_error_left_out() -> None:
+    x, y, _ = mixture(80, dimensions=60)
+    onehot = np.eye(3)[y]
+    spectrum = decompose(x - x.mean(0))
+    errors = {g: ((leave_one_out(spectrum, onehot, g) - onehot) ** 2).sum() for g in RIDGE_GRID}
+    assert best_penalty(spectrum, onehot) == min(errors, key=errors.__getitem__)
 
 
 def test_probabilities_are_those_of_the_noisy_label() -> None:
@@ -77,11 +101,11 @@ def test_probabilities_are_those_of_the_noisy_label() -> None:
 
 def test_new_examples_are_predicted_alike() -> None:
     x, y, posterior = mixture(6000)
-    found = crossfit(x[:4000], y[:4000], 3, new_features=x[4000:])
+    found = crossfit(x[:4000], y[:4000], 3, new=x[4000:])
     assert found.new_probabilities.shape == (2000, 3)
     assert np.abs(found.new_probabilities - posterior[4000:]).mean() < 0.02
-    with pytest.raises(ValueError, match="new_features have 5 dimensions, but features have 6; use one model"):
-        crossfit(x, y, 3, new_features=x[:, :5])
+    with pytest.raises(ValueError, match="new features have 5 dimensions, but the others 6; use one model"):
+        crossfit(x, y, 3, new=x[:, :5])
 
 
 def test_no_example_is_predicted_from_its_own_label() -> None:
@@ -110,6 +134,82 @@ def test_the_gradient_of_the_joint_likelihood(fixed: bool) -> None:
     free = slice(0, 15) if fixed else slice(None)
     np.testing.assert_allclose(gradient[free], numeric[free], atol=1e-6)
     assert not fixed or (gradient[15:] == 0).all()
+
+
+@pytest.mark.parametrize("noisy", [None, np.array([0, 0, 2, 1])])
+def test_the_likelihood_of_trusted_examples(noisy: np.ndarray | None) -> None:
+    rng = np.random.default_rng(0)
+    scores, labels = rng.standard_normal((30, 2)), np.sort(rng.integers(0, 3, 30))
+    gold = Gold(rng.standard_normal((4, 2)), np.array([0, 1, 2, 1]), noisy)
+    theta = rng.standard_normal(2 * 3 + 3 + 9)
+    value, gradient = negative_log_posterior(theta, scores, labels, 3, gold=gold)
+    numeric = approx_fprime(theta, lambda t: negative_log_posterior(t, scores, labels, 3, gold=gold)[0], 1e-7)
+    np.testing.assert_allclose(gradient, numeric, atol=1e-6)
+    p = softmax(gold.scores @ theta[:6].reshape(2, 3) + theta[6:9], axis=1)
+    transition = softmax(theta[9:].reshape(3, 3), axis=1)
+    expected = -np.log(p[np.arange(4), gold.labels]).sum()
+    if noisy is not None:
+        expected -= np.log(transition[gold.labels, noisy]).sum()
+    assert 30 * (value - negative_log_posterior(theta, scores, labels, 3)[0]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("truth", [symmetric_transition(5, 0.4), pair_flip_transition(5, 0.4)])
+def test_trusted_examples_help_and_more_of_them_more(truth: np.ndarray) -> None:
+    errors = np.zeros((6, 4))
+    for seed in range(6):
+        x, y, _ = mixture(1400, num_classes=5, dimensions=30, distance=2.5, seed=seed)
+        noisy = corrupt_labels(y, truth, seed + 100)
+        cross = crossfit(x[:400], noisy[:400], 5, new=x[400:])
+        for k, count in enumerate((0, 50, 200, 1000)):
+            few = slice(400, 400 + count)
+            gold = Gold(cross.new_scores[:count], y[few], noisy[few]) if count else None
+            fit = joint_transition(cross.scores, noisy[:400], [0.7 * np.eye(5) + 0.06], gold)
+            errors[seed, k] = row_tv(fit.transition, truth)
+    mean = errors.mean(0)
+    assert mean[0] > mean[1] > mean[2] > mean[3]
+    assert mean[3] < 0.06
+
+
+def test_trusted_examples_name_the_classes() -> None:
+    """Where most labels of a class are wrong, only they can."""
+    features, labels, _ = mixture(3000, distance=4)
+    truth = np.array([[0.3, 0.7, 0.0], [0.0, 0.3, 0.7], [0.7, 0.0, 0.3]])
+    noisy = draw(truth[labels], seed=1)
+    cross = crossfit(features[:2800], noisy[:2800], 3, new=features[2800:])
+    start = [np.full((3, 3), 1 / 3) + 0.01 * np.eye(3)]
+    gold = Gold(cross.new_scores, labels[2800:], None)
+    assert row_tv(joint_transition(cross.scores, noisy[:2800], start, gold).transition, truth) < 0.06
+    assert row_tv(joint_transition(cross.scores, noisy[:2800], start).transition, truth) > 0.3
+
+
+def test_probabilities_of_a_model_serve_as_scores() -> None:
+    _, y, posterior = mixture(8000)
+    noisy = corrupt_labels(y, T3, 1)
+    # A model that is twice as sure as it may be: calibration undoes it.
+    sure = softmax(2 * np.log(posterior), axis=1)
+    cross = given_probabilities(sure, noisy, 3)
+    np.testing.assert_allclose(cross.scores.mean(0), 0, atol=1e-10)
+    assert (cross.scores**2).mean() == pytest.approx(1)
+    fit = joint_transition(cross.scores, noisy, [0.7 * np.eye(3) + 0.1])
+    assert row_tv(fit.transition, T3) < 0.03
+    assert np.abs(fit.clean_probabilities(cross.scores) - posterior).mean() < 0.02
+    new = given_probabilities(sure[:4000], noisy[:4000], 3, new=sure[4000:]).new_scores
+    again, _ = cross.rescore(noisy[::-1])
+    np.testing.assert_array_equal(again, cross.scores)
+    assert new.shape == (4000, 3)
+
+
+@pytest.mark.parametrize(
+    ("p", "message"),
+    [
+        (np.full((6, 3), 0.5), r"probabilities\[0\] has the least entry 0\.5 and the sum 1\.5; give .* softmax"),
+        (np.tile([1.2, -0.2, 0.0], (6, 1)), r"probabilities\[0\] has the least entry -0\.2 and the sum 1"),
+        (np.full((6, 2), 0.5), "probabilities have 2 columns for 3 classes"),
+    ],
+)
+def test_what_is_no_probability_is_refused(p: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        given_probabilities(p, np.arange(6) % 3, 3, folds=2)
 
 
 def test_the_gradient_where_a_label_is_absent() -> None:
@@ -217,7 +317,7 @@ def test_regions_halve_every_class_along_its_leading_component() -> None:
     predicted = np.repeat([0, 1], 50)
     x = rng.standard_normal((100, 5)) * [10, 3, 1, 0.1, 0.1] + 100 * predicted[:, None]
     for features in (x, np.c_[x, np.zeros((100, 200))]):
-        sides = regions(features, predicted)
+        sides = regions(leading_components(features, predicted), predicted)
         assert sides.shape == (100, 3)
         assert (sides[:50].sum(0) == 25).all()
         leading = x[:50, 0] > np.median(x[:50, 0])

@@ -15,18 +15,14 @@ MIN_EXPECTED = 5.0
 COMPONENTS = 3
 
 
-def regions(features: Matrix, predicted: Labels) -> npt.NDArray[np.int64]:
-    """Halve the examples of each predicted class at the median of each of the leading principal components.
+def leading_components(features: Matrix, predicted: Labels) -> Matrix:
+    """Features along the leading principal components within classes, [n, COMPONENTS].
 
-    The components are of the features less their predicted class's mean: within classes, so that the regions are not
-    the classes again.
+    They are of the features less their predicted class's mean: so that regions along them are not the classes again.
 
     Args:
         features: [n, d].
         predicted: [n], the likeliest true class.
-
-    Returns:
-        [n, COMPONENTS] of 0 or 1: on which side an example lies.
     """
     within = features - features.mean(axis=0)
     for c in np.unique(predicted):
@@ -35,14 +31,23 @@ def regions(features: Matrix, predicted: Labels) -> npt.NDArray[np.int64]:
     # Leading eigenvectors of the smaller Gram matrix.
     if features.shape[1] <= len(features):
         _, vectors = np.linalg.eigh(within.T @ within)
-        projected = within @ vectors[:, -count:]
+        projected: Matrix = within @ vectors[:, -count:]
     else:
         values, vectors = np.linalg.eigh(within @ within.T)
         projected = vectors[:, -count:] * np.sqrt(np.maximum(values[-count:], 0))
-    side = np.zeros(projected.shape, dtype=np.int64)
+    return projected
+
+
+def regions(components: Matrix, predicted: Labels) -> npt.NDArray[np.int64]:
+    """Halve the examples of each predicted class at the median of each component.
+
+    Returns:
+        [n, COMPONENTS] of 0 or 1: on which side an example lies.
+    """
+    side = np.zeros(components.shape, dtype=np.int64)
     for c in np.unique(predicted):
         members = predicted == c
-        side[members] = projected[members] > np.median(projected[members], axis=0)
+        side[members] = components[members] > np.median(components[members], axis=0)
     return side
 
 

@@ -12,6 +12,9 @@ from ..noise import Matrix, check_labels
 # The sum of its squares is finite for any number of examples.
 LARGEST = 1e145
 
+# Probabilities of a model in half precision sum to 1 within this.
+SUM_TOLERANCE = 0.01
+
 Labels = npt.NDArray[np.int64]
 
 
@@ -36,6 +39,22 @@ def check_features(features: Any, name: str = "features") -> Matrix:
     if np.abs(array).max(initial=0) > LARGEST:
         raise ValueError(f"{name} reach {np.abs(array).max():.3g}, whose square overflows; scale them down")
     return array
+
+
+def check_probabilities(probabilities: Any, name: str = "probabilities") -> Matrix:
+    """Class probabilities as float64 [n, K].
+
+    Raises:
+        ValueError: no finite matrix, or rows that are no probabilities.
+    """
+    p = check_features(probabilities, name)
+    if p.size and (p.min() < 0 or np.abs(p.sum(axis=1) - 1).max() > SUM_TOLERANCE):
+        worst = int(np.argmax(np.maximum(-p.min(axis=1), np.abs(p.sum(axis=1) - 1))))
+        raise ValueError(
+            f"{name}[{worst}] has the least entry {p[worst].min():.3g} and the sum {p[worst].sum():.3g}; give "
+            "probabilities that sum to 1: of logits, their softmax"
+        )
+    return p
 
 
 def check_class_labels(

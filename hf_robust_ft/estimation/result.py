@@ -22,14 +22,14 @@ PRINTED_CLASSES = 12
 class TransitionEstimate:
     """An estimated noise transition matrix with its uncertainty. Rows are the true class.
 
-    Intervals are 95 % ones. They cover sampling, not the misfit of a linear head, with which T comes out a little too
-    clean: under symmetric noise the noise rate's interval held the truth in 70 to 84 % of simulations.
+    Intervals are 95 % ones, made of errors that include bias: recipes/RESULTS.md has how often they held the truth in
+    simulations. They do not cover the misfit of a linear head.
     """
 
     transition: Matrix
     """[K, K], ``T[i, j] = P(noisy = j | true = i)``."""
     standard_error: Matrix
-    """[K, K], by bootstrap."""
+    """[K, K], by bootstrap: root mean square about the estimate, bias included."""
     interval: Matrix
     """[K, K, 2]: lower and upper end for each entry; its diagonal is the interval of ``T[i, i]``."""
     noise_rate: float
@@ -60,7 +60,7 @@ class TransitionEstimate:
     seed: int
     verdict: str
     draws: Matrix
-    """[bootstrap, K, K]: T as it might have come out, centred on the estimate: ``transition_samples`` for
+    """[bootstrap, K, K]: T as it might have come out, were the estimate the truth: ``transition_samples`` for
     :func:`~hf_robust_ft.clean_accuracy`."""
 
     @property

@@ -30,13 +30,21 @@ class Spectrum(NamedTuple):
     """[d, r], orthonormal columns."""
 
 
-def standardised(x: Matrix) -> Matrix:
-    """Features of zero mean and unit variance; one that is constant is left out (zero)."""
+def standardised(x: Matrix, others: Matrix) -> tuple[Matrix, Matrix]:
+    """Features [n, d] of zero mean and unit variance, and other rows [m, d] on the same scale.
+
+    Raises:
+        ValueError: features that are the same for all examples.
+    """
     mean, deviation = x.mean(axis=0), x.std(axis=0)
-    # Dividing by its rounding error would make it loud.
-    scale = np.where(deviation > 1e-12 * np.abs(x).max(axis=0), deviation, np.inf)
-    standard: Matrix = (x - mean) / scale
-    return standard
+    # A constant feature says nothing, and dividing by its rounding error would make it loud.
+    varies = deviation > 1e-12 * np.abs(x).max(axis=0)
+    if not varies.any():
+        raise ValueError(
+            "features are the same for all examples: they can't tell classes apart. Was the backbone given its inputs?"
+        )
+    scale = np.where(varies, deviation, np.inf)
+    return (x - mean) / scale, (others - mean) / scale
 
 
 def decompose(x: Matrix) -> Spectrum:

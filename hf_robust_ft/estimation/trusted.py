@@ -13,7 +13,8 @@ def trusted_transition(probabilities: npt.ArrayLike, clean_labels: npt.ArrayLike
     """GLC, equation 2: ``T[i, ·]`` is the mean of ``P(ỹ | x)`` over the trusted examples of class i.
 
     It is exact where the features tell the classes apart. Where they don't, the mean mixes in the rows of the classes
-    that i is confused with, and T looks noisier than it is.
+    that i is confused with, and T looks noisier than it is: :func:`estimate_transition` with ``trusted`` examples and
+    its default method uses them without that.
 
     Args:
         probabilities: [m, K] of a head that was trained on noisy labels and saw none of these examples.

@@ -4,6 +4,7 @@
 """
 
 from .arguments import RobustTrainingArguments
+from .bounds import Bound, certified_error, distance_measures, held_out_bound, hessian_bound, pac_bayes_bound
 from .clean_accuracy import CLEAN_ACCURACY_METRIC, CleanAccuracy, clean_accuracy
 from .constraints import ConstraintRow, ConstraintTable, LayerConstraints
 from .corrected_loss import CorrectedLoss
@@ -29,6 +30,7 @@ from .estimation import (
     trusted_transition,
 )
 from .frozen_features import frozen_features
+from .gibbs import NoNoiseRule, Posterior, fit_posterior, pac_bayes_certificate, pac_bayes_head
 from .label_posteriors import label_posteriors
 from .layers import Layer, NotALayer, find_layers
 from .losses import (
@@ -52,6 +54,7 @@ from .noise import (
 from .noise_shape import noise_shape
 from .radius_search import RadiusCandidate, RadiusChoice
 from .reference import ReferenceMismatch, layer_distances
+from .report_bounds import report_bounds
 from .suspects import Suspects, rank_suspects
 from .trainer import HessianRegularizedTrainer
 from .weak_labels import ABSTAIN, FunctionSummary, VoteSummary, majority_vote, vote_summary
@@ -59,6 +62,7 @@ from .weak_labels import ABSTAIN, FunctionSummary, VoteSummary, majority_vote, v
 __all__ = [
     "ABSTAIN",
     "CLEAN_ACCURACY_METRIC",
+    "Bound",
     "CleanAccuracy",
     "ConstraintRow",
     "ConstraintTable",
@@ -72,7 +76,9 @@ __all__ = [
     "Layer",
     "LayerConstraints",
     "MeasurementStopped",
+    "NoNoiseRule",
     "NotALayer",
+    "Posterior",
     "QuadraticForms",
     "RadiusCandidate",
     "RadiusChoice",
@@ -82,6 +88,7 @@ __all__ = [
     "TransitionEstimate",
     "VoteSummary",
     "backward_corrected",
+    "certified_error",
     "clean_accuracy",
     "confident_joint_transition",
     "corrupt_dataset",
@@ -89,12 +96,16 @@ __all__ = [
     "cross_entropy",
     "crossfit",
     "diagnose",
+    "distance_measures",
     "dual_t_transition",
     "estimate_transition",
     "find_layers",
+    "fit_posterior",
     "forward_corrected",
     "frozen_features",
     "generalized_cross_entropy",
+    "held_out_bound",
+    "hessian_bound",
     "hessian_trace",
     "invert_transition",
     "label_posteriors",
@@ -106,9 +117,13 @@ __all__ = [
     "noise_shape",
     "noise_stability",
     "nonnegative_backward",
+    "pac_bayes_bound",
+    "pac_bayes_certificate",
+    "pac_bayes_head",
     "pair_flip_transition",
     "posterior_cross_entropy",
     "rank_suspects",
+    "report_bounds",
     "spectral_density",
     "symmetric_transition",
     "top_eigenpairs",

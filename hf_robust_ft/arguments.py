@@ -124,6 +124,23 @@ class RobustTrainingArguments(TrainingArguments):
         },
     )
 
+    hessian_examples: int = field(
+        default=0,
+        metadata={
+            "help": "Measure the Hessian distance measure on so many training examples, drawn by seed, when training "
+            "ends (500 say much already). Keeps a copy of the pretrained weights. 0: don't."
+        },
+    )
+    # What is left of the cost is that of the sound bounds, which always run.
+    hessian_time_budget: float = field(
+        default=120.0,
+        metadata={"help": "Seconds for the Lanczos part of that measurement; 0 leaves it out."},
+    )
+    hessian_every: int = field(
+        default=0,
+        metadata={"help": "Measure after every so many evaluations during training, too. 0: at the end alone."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.noise_transition = _plain_transition(self.noise_transition)
@@ -136,6 +153,17 @@ class RobustTrainingArguments(TrainingArguments):
         _check_choice("radius_norm", self.radius_norm, RADIUS_NORMS)
         _check_choice("radius_mode", self.radius_mode, RADIUS_MODES)
         _check_choice("eval_labels", self.eval_labels, (None, *EVAL_LABELS))
+        for name, unit in (
+            ("hessian_examples", "a number"),
+            ("hessian_time_budget", "seconds"),
+            ("hessian_every", "a number"),
+        ):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give {unit} >= 0, where 0 turns it off")
+        if self.hessian_every and not self.hessian_examples:
+            raise ValueError(
+                f"hessian_every is {self.hessian_every}, but hessian_examples is 0: say on how many examples"
+            )
 
 
 def is_auto(layer_radius: Any) -> bool:

@@ -76,21 +76,21 @@ def reference_digest(reference: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_reference(reference: Mapping[str, Tensor], folder: str | Path) -> Path:
-    """Write ``_reference.safetensors`` into a folder; a reader never sees half of it."""
-    path = Path(folder) / REFERENCE_FILE
+def save_reference(reference: Mapping[str, Tensor], folder: str | Path, file: str = REFERENCE_FILE) -> Path:
+    """Write ``_reference.safetensors`` (or another name) into a folder; a reader never sees half of it."""
+    path = Path(folder) / file
     with written_whole(path) as temporary:
         safetensors.torch.save_file({n: t.detach().cpu().contiguous() for n, t in reference.items()}, temporary)
     return path
 
 
-def load_reference(folder: str | Path, digest: str) -> dict[str, Tensor]:
-    """Read ``_reference.safetensors`` from a folder and check that it is the one with this digest.
+def load_reference(folder: str | Path, digest: str, file: str = REFERENCE_FILE) -> dict[str, Tensor]:
+    """Read ``_reference.safetensors`` (or another name) from a folder and check that it is the one with this digest.
 
     Raises:
         ReferenceMismatch: no such file, not a safetensors file, or another digest.
     """
-    path = Path(folder) / REFERENCE_FILE
+    path = Path(folder) / file
     if not path.is_file():
         raise ReferenceMismatch(
             f"the reference weights {path} are missing, and the distance of a layer can't be measured without "

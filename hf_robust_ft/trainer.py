@@ -29,9 +29,24 @@ from .checkpoint import ConstraintRecord, last_complete_checkpoint
 from .clean_accuracy import CleanAccuracy, clean_accuracy
 from .constraints import ConstraintTable, LayerConstraints
 from .corrected_loss import CorrectedLoss, loss_type, with_loss_first
+from .curvature import HessianReport, MeasurementStopped
 from .data import check_dataset_labels
 from .estimation import TransitionEstimate
 from .features import correction_of, make_constraints, make_corrected_loss, num_classes, requires_argument, setting
+from .hessian_measurement import (
+    EXAMPLES,
+    ExampleSet,
+    Measurement,
+    base_weights,
+    by_first_process,
+    hessian_metrics,
+    load_start,
+    measure,
+    record_start,
+    save_start,
+    start_weights,
+)
+from .hessian_measurement import FILE as REPORT_FILE
 from .label_targets import FILE as TARGETS_FILE
 from .label_targets import LabelTargets, Numbered, TargetCollator
 from .noise import load_transition
@@ -47,7 +62,7 @@ from .noisy_evaluation import (
 from .penalized_step import penalized_step
 from .radius_search import CANDIDATES, RadiusChoice, Scores, example_scores, search_radius, validation_set
 from .radius_search import FILE as CHOICE_FILE
-from .reference import load_reference, reference_digest, save_reference
+from .reference import ReferenceMismatch, load_reference, reference_digest, save_reference
 from .snapshot import snapshot
 
 logger = logging.getLogger(__name__)
@@ -127,6 +142,11 @@ class HessianRegularizedTrainer(Trainer):
         """With ``noise_transition="estimate"``: T and its uncertainty, once training or evaluation has begun."""
         self.label_targets: LabelTargets | None = None
         """With ``loss_correction="posterior"``: what is trained on, once training has begun."""
+        self._start: dict[str, Tensor] | None = None
+        self._start_of = self._model
+        self._saved_start: tuple[Path, str] | None = None
+        self._evaluations = 0
+        self._measured: tuple[Measurement, int] | None = None
         self._set_up_correction()
         self._set_up_noisy_evaluation()
         self._check_estimable()
@@ -160,6 +180,7 @@ class HessianRegularizedTrainer(Trainer):
         self._set_up_correction()
         self._set_up_noisy_evaluation()
         self._set_up_constraints()
+        self._keep_start()
         if self._corrected is not None and (classes := self._corrected.num_classes) is not None:
             check_dataset_labels(self.train_dataset, self.data_collator, self.label_names[0], classes)
         self._check_noisy_labels()
@@ -205,9 +226,9 @@ class HessianRegularizedTrainer(Trainer):
         self.noise_estimate = found.estimate or self.noise_estimate
         self.label_targets = found.targets or self.label_targets
 
-    def _without_unused_columns(self, purpose: str) -> tuple[Any, Any]:
-        """The training set and a collator, of which one leaves out what the model does not take."""
-        dataset, collate = self.train_dataset, self.data_collator
+    def _without_unused_columns(self, purpose: str, dataset: Any = None) -> tuple[Any, Any]:
+        """The training set or another and a collator, of which one leaves out what the model does not take."""
+        dataset, collate = self.train_dataset if dataset is None else dataset, self.data_collator
         if isinstance(dataset, datasets.Dataset):
             return self._remove_unused_columns(dataset, description=purpose), collate
         return dataset, self._get_collator_with_removed_columns(collate, description=purpose)
@@ -558,6 +579,125 @@ class HessianRegularizedTrainer(Trainer):
         transition = load_transition(self._noise, self._predicted[0][1])
         return clean_accuracy(predictions, labels, transition, transition_samples=draws)
 
+    # The curvature
+
+    @property
+    def hessian_report(self) -> HessianReport | None:
+        """What :meth:`measure_hessian` last found on training examples; None before."""
+        return None if self._measured is None else self._measured[0].report
+
+    def measure_hessian(
+        self,
+        dataset: Any = None,
+        *,
+        examples: int | None = None,
+        time_budget: float | None = None,
+        reference: dict[str, Tensor] | nn.Module | None = None,
+        metric_key_prefix: str = "train",
+    ) -> HessianReport:
+        """Measure the Hessian distance measure of the weights as they are now, and log it.
+
+        ``hessian_examples`` makes training end with this. Labels are taken as training took them: where there is a
+        noise model, the loss is the backward-corrected one, whatever was trained; else plain cross entropy. Examples
+        are as ``train_dataset`` gives them: the theorem wants no augmentation. One process measures, the others wait.
+
+        Args:
+            dataset: None: the training set, which the bounds are for. ``hessian_report.json`` in the output folder
+                and the model card then hold what was found. Of other data the report is only returned.
+            examples: how many, drawn by ``args.seed``; default: ``hessian_examples``, or 500.
+            time_budget: seconds for Lanczos; default: ``hessian_time_budget``.
+            reference: the weights that training started from; default: those that ``hessian_examples`` kept, else
+                those that the model was loaded from, read again (a new head then counts from zero).
+            metric_key_prefix: of the metrics: see :func:`~hf_robust_ft.hessian_measurement.hessian_metrics`.
+
+        Raises:
+            ValueError: a sharded model, or what :func:`~hf_robust_ft.measure_hessian` refuses.
+            ReferenceMismatch: no reference, or one of other layers or shapes.
+            MeasurementStopped: an error after some examples; what was found until then is saved all the same.
+        """
+        if self._sharded_by is not None:
+            raise ValueError(
+                f"measure_hessian does not work with {self._sharded_by}, as no process holds a whole layer; save the "
+                "model, load it in one process, and call hf_robust_ft.measure_hessian there"
+            )
+        try:
+            found = by_first_process(lambda: self._measure(dataset, examples, time_budget, reference), self.args)
+        except MeasurementStopped as error:
+            if dataset is None and self.args.should_save:
+                error.report.save(Path(str(self.args.output_dir)) / REPORT_FILE)
+            raise
+        if dataset is None:
+            self._measured = found, self.state.global_step
+            if self.args.should_save:
+                found.report.save(Path(str(self.args.output_dir)) / REPORT_FILE)
+        self.log(hessian_metrics(found.report, metric_key_prefix))
+        return found.report
+
+    def _measure(self, dataset: Any, examples: int | None, time_budget: float | None, reference: Any) -> Measurement:
+        def example_set(name: str, data: Any, labels: Any) -> ExampleSet:
+            return ExampleSet(name, *self._without_unused_columns("measurement", data), labels)
+
+        model, known = self._model, self._transition is not None
+        if reference is not None:
+            weights = (
+                reference.state_dict() if isinstance(reference, nn.Module) else reference,
+                "weights that were given",
+            )
+        elif self._start is not None and self._start_of is model:
+            weights = self._start, "the weights that training started from"
+        else:
+            weights = base_weights(model)
+        held_out: dict[str, Any] = {}
+        if dataset is None and self.eval_dataset is not None:
+            several = isinstance(self.eval_dataset, dict)
+            held_out = (
+                {f"eval_{n}": d for n, d in self.eval_dataset.items()} if several else {"eval": self.eval_dataset}
+            )
+        noisy = {prefix: estimates_clean_accuracy(self.args, prefix) for prefix in held_out}
+        return measure(
+            model,
+            weights,
+            example_set("training" if dataset is None else "given", dataset, "noisy" if known else "as given"),
+            [
+                example_set(prefix, data, ("noisy" if noisy[prefix] else "clean") if known else "as given")
+                for prefix, data in held_out.items()
+            ],
+            self.label_names[0] if self.label_names else "labels",
+            self.args,
+            transition=self._transition,
+            examples=examples or setting(self.args, "hessian_examples") or EXAMPLES,
+            time_budget=setting(self.args, "hessian_time_budget") if time_budget is None else time_budget,
+        )
+
+    def _keep_start(self) -> None:
+        if not setting(self.args, "hessian_examples") or self._scored_prefix is not None:
+            return
+        moved = self._model is self._start_of and (self._start is not None or self.state.global_step > 0)
+        if not moved:
+            self._start, self._start_of, self._saved_start = None, self._model, None  # the old ones go first
+            self._start = start_weights(self._model, self.constraints.reference)
+
+    def _try_to_measure(self) -> None:
+        """At the end, or during training, which a failure must not end."""
+        try:
+            self.measure_hessian()
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - any at all: the training is worth more
+            logger.error(
+                "The curvature was not measured: %s: %s. The training is unharmed. Go on with "
+                "trainer.measure_hessian(), or load the model and call hf_robust_ft.measure_hessian",
+                type(error).__name__,
+                error,
+            )
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
+        every = setting(self.args, "hessian_every")
+        if every and self._scored_prefix is None and self.state.global_step > 0:
+            self._evaluations += 1
+            if self._evaluations % every == 0:
+                self._try_to_measure()
+        return metrics
+
     # Checkpoints
 
     def train(
@@ -584,7 +724,14 @@ class HessianRegularizedTrainer(Trainer):
                     "layer_radius, with radius_mode='relative' in the arguments"
                 )
             self._choose_radius(resume_from_checkpoint or None)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if setting(self.args, "hessian_examples") and trial is None and self._scored_prefix is None:
+            # Saved first: whatever becomes of the measurement, the model is there.
+            self.save_model(_internal_call=True)
+            measured_now = self._measured is not None and self._measured[1] == self.state.global_step
+            if not measured_now or self.args.load_best_model_at_end:
+                self._try_to_measure()
+        return output
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """None beyond ``max_steps``: Trainer resumes a run that is finished within an epoch with one step more."""
@@ -597,6 +744,12 @@ class HessianRegularizedTrainer(Trainer):
         # Before the weights are read: a resume that is refused leaves the model, and so the next centres, as they were.
         if self.constraints and Path(resume_from_checkpoint).is_dir():
             self._restore_constraints(Path(resume_from_checkpoint).absolute())
+        if self._start is not None and Path(resume_from_checkpoint).is_dir():
+            try:
+                self._start = load_start(Path(resume_from_checkpoint).absolute())
+            except ReferenceMismatch as error:
+                self._start = None
+                logger.warning("%s; the curvature will be measured from the weights of the base model", error)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _restore_constraints(self, checkpoint: Path) -> None:
@@ -618,4 +771,9 @@ class HessianRegularizedTrainer(Trainer):
                 self._reference_digest = reference_digest(constraints.reference)
             record = ConstraintRecord(self._reference_digest, constraints.norm, constraints.radii, constraints.fresh)
             record.save(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self._start is not None and self.args.should_save:
+            run = Path(self._get_output_dir(trial))
+            if self._saved_start is None or self._saved_start[0] != run:
+                self._saved_start = run, save_start(self._start, run)
+            record_start(self._saved_start[1], run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         super()._save_checkpoint(model, trial)

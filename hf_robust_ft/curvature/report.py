@@ -12,6 +12,8 @@ from typing import Any
 from ..files import written_whole
 from ..layers import NotALayer
 
+FORMAT = "hf_robust_ft.HessianReport/1"
+
 
 @dataclass(frozen=True)
 class Statistic:
@@ -100,7 +102,7 @@ class HessianReport:
     def save(self, path: str | Path) -> None:
         """Write JSON; a reader never sees half of it."""
         # JSON has no NaN: the standard error of one example is null.
-        content = json.dumps(_without_nan(dataclasses.asdict(self)), indent=1, allow_nan=False)
+        content = json.dumps({"format": FORMAT, **_without_nan(dataclasses.asdict(self))}, indent=1, allow_nan=False)
         with written_whole(Path(path)) as temporary:
             temporary.write_text(content + "\n", encoding="utf-8")
 
@@ -109,10 +111,15 @@ class HessianReport:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no such report.
+            ValueError: the file is no such report, or one of another format.
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
+            if (written := str(found.pop("format"))) != FORMAT and written.startswith(FORMAT.partition("/")[0]):
+                raise ValueError(
+                    f"{path} is written as {written}, and this version of hf_robust_ft reads {FORMAT}: measure again, "
+                    "or read it with the version that wrote it"
+                )
             return cls(
                 **{
                     **found,
@@ -124,7 +131,7 @@ class HessianReport:
                     "notes": tuple(found["notes"]),
                 }
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no report of measure_hessian ({error!r}): measure again") from error
 
 

@@ -1,0 +1,96 @@
+"""Loss and error of a model on some examples, in the terms that the bounds speak in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .corrected_loss import CorrectedLoss, find_logits
+from .curvature.loss import ExampleLoss, finite
+from .curvature.mean import numbered_batches
+from .curvature.model import measuring
+from .noise import IGNORE_INDEX
+
+Labels = Literal["clean", "noisy", "as given"]
+"""``"as given"``: there is no noise model, and nothing is known of the labels."""
+
+# Of the margins of the examples, the one that stands for all; Jiang et al. 2020 take the same.
+MARGIN_QUANTILE = 0.1
+
+
+@dataclass(frozen=True)
+class MeasuredRisk:
+    """What one data set gives, in eval mode."""
+
+    data: str
+    """Which examples: ``"training"``, or the name of the evaluation data."""
+    labels: Labels
+    loss: float
+    """Mean, in nats: the backward-corrected cross entropy where ``corrected``, else the plain one."""
+    loss_error: float | None
+    """Its standard error, over examples; None for a single one."""
+    corrected: bool
+    error: float | None
+    """Share of examples whose label is not the prediction; None where an example has not one label."""
+    margin: float | None
+    """10th percentile over examples of the label's logit minus the largest other; None as for ``error``."""
+    n: int
+    """Examples looked at."""
+
+
+@torch.no_grad()
+def measure_risk(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    data: str,
+    labels: Labels,
+    loss: CorrectedLoss | None = None,
+) -> MeasuredRisk:
+    """Mean loss and error, by forward passes in the state in which the curvature is measured.
+
+    Args:
+        model: measured in eval mode, and put back afterwards.
+        batches: see :func:`~hf_robust_ft.measure_hessian`.
+        data, labels: what the examples and their labels are, to be reported.
+        loss: the *backward*-corrected loss for noisy labels, whose mean estimates the loss on clean ones; None: plain
+            cross entropy.
+
+    Raises:
+        ValueError: no batch, labels that are no class indices, a loss that is not finite.
+    """
+    example_loss = ExampleLoss(loss, model)
+    losses: list[Tensor] = []
+    margins: list[Tensor] = []
+    with measuring(model):
+        for first, inputs, targets in numbered_batches(batches, model, f"loss of {data} data"):
+            with torch.no_grad():
+                logits = find_logits(model(**inputs) if isinstance(inputs, Mapping) else model(*inputs))
+                losses.append(finite(example_loss(logits, targets).double(), first).cpu())
+                if targets.dim() == 1 and logits.dim() == 2:
+                    margins.append(_margins(logits.double(), targets).cpu())
+    values = torch.cat(losses)
+    margin = torch.cat(margins) if margins else None
+    single = margin is not None and len(margin) > 0
+    return MeasuredRisk(
+        data=data,
+        labels=labels,
+        loss=values.mean().item(),
+        loss_error=(values.std() / len(values) ** 0.5).item() if len(values) > 1 else None,
+        corrected=loss is not None,
+        error=(margin <= 0).double().mean().item() if single and margin is not None else None,
+        margin=margin.quantile(MARGIN_QUANTILE).item() if single and margin is not None else None,
+        n=len(values),
+    )
+
+
+def _margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of the examples that have a label."""
+    kept = labels != IGNORE_INDEX
+    logits, labels = logits[kept], labels[kept].unsqueeze(1)
+    others = logits.scatter(1, labels, -torch.inf).amax(1)
+    return logits.gather(1, labels).squeeze(1) - others

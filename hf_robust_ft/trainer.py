@@ -649,10 +649,8 @@ class HessianRegularizedTrainer(Trainer):
             weights = base_weights(model)
         held_out: dict[str, Any] = {}
         if dataset is None and self.eval_dataset is not None:
-            several = isinstance(self.eval_dataset, dict)
-            held_out = (
-                {f"eval_{n}": d for n, d in self.eval_dataset.items()} if several else {"eval": self.eval_dataset}
-            )
+            given: Any = self.eval_dataset
+            held_out = {f"eval_{n}": d for n, d in given.items()} if isinstance(given, dict) else {"eval": given}
         noisy = {prefix: estimates_clean_accuracy(self.args, prefix) for prefix in held_out}
         return measure(
             model,
@@ -724,6 +722,7 @@ class HessianRegularizedTrainer(Trainer):
                     "layer_radius, with radius_mode='relative' in the arguments"
                 )
             self._choose_radius(resume_from_checkpoint or None)
+        self._measured = None  # of weights that will move
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if setting(self.args, "hessian_examples") and trial is None and self._scored_prefix is None:
             # Saved first: whatever becomes of the measurement, the model is there.

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..bounds.bound import Bound
 from ..curvature import HessianReport
-from .data import CardData
+from .data import CardData, plain
 from .text import one_line
 
 TAGS = ("hf_robust_ft", "generated_from_trainer", "generalization-bound")
@@ -43,8 +43,8 @@ def finite_metrics(data: CardData) -> dict[str, float]:
     """Metrics of evaluation that are numbers, without times."""
     return {
         name: value
-        for name, value in data.metrics.items()
-        if value is not None and math.isfinite(value) and not name.endswith(TIMES)
+        for name, value in plain(data.metrics).items()
+        if isinstance(value, (int, float)) and not name.endswith(TIMES)
     }
 
 

@@ -16,7 +16,7 @@ from ..curvature.report import LayerCurvature
 from ..estimation import TransitionEstimate
 from ..hessian_measurement import block_of
 from ..risks import MeasuredRisk
-from .data import CardData
+from .data import CardData, plain
 from .metadata import TIMES, labels_of
 from .text import NOT_MEASURED, Markup, escaped, fenced, number, one_line, percent
 
@@ -102,7 +102,7 @@ def _risk(risk: MeasuredRisk) -> tuple[str, ...]:
 def _metrics(data: CardData) -> list[tuple[str, str, str]]:
     return [
         (name, _labels(labels_of(data, name)), "not a finite number" if value is None else f"{value:.4g}")
-        for name, value in data.metrics.items()
+        for name, value in plain(data.metrics).items()
         if not name.endswith(TIMES)
     ]
 

@@ -5,6 +5,7 @@
 
 from .arguments import RobustTrainingArguments
 from .bounds import Bound, certified_error, distance_measures, held_out_bound, hessian_bound, pac_bayes_bound
+from .card import CardData, read_card, render_card, write_card
 from .clean_accuracy import CLEAN_ACCURACY_METRIC, CleanAccuracy, clean_accuracy
 from .constraints import ConstraintRow, ConstraintTable, LayerConstraints
 from .corrected_loss import CorrectedLoss
@@ -64,6 +65,7 @@ __all__ = [
     "ABSTAIN",
     "CLEAN_ACCURACY_METRIC",
     "Bound",
+    "CardData",
     "CleanAccuracy",
     "ConstraintRow",
     "ConstraintTable",
@@ -125,6 +127,8 @@ __all__ = [
     "pair_flip_transition",
     "posterior_cross_entropy",
     "rank_suspects",
+    "read_card",
+    "render_card",
     "report_bounds",
     "spectral_density",
     "symmetric_transition",
@@ -132,4 +136,5 @@ __all__ = [
     "trusted_transition",
     "validate_transition",
     "vote_summary",
+    "write_card",
 ]

@@ -37,7 +37,8 @@ def save_heat_map(transition: Matrix, classes: Sequence[str], path: str | Path) 
     figure.colorbar(image, ax=axes, shrink=0.8, label="P(noisy label | true label)")
     axes.set(xlabel="noisy label", ylabel="true label")
     if num_classes <= LEGIBLE_CLASSES:
-        names = [name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…" for name in classes]
+        names = [name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…" for name in map(str, classes)]
+        names = [" ".join(name.split()).replace("$", r"\$") for name in names]  # no formula, no second line
         axes.set_xticks(range(num_classes), names, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(num_classes), names)
         for i, row in enumerate(transition):

@@ -25,6 +25,17 @@ from transformers.trainer_utils import (
 
 from .arguments import AUTO, ESTIMATE, is_auto, with_chosen
 from .callbacks import ProjectionCallback
+from .card import CardData, write_card
+from .card.facts import (
+    data_facts,
+    evaluation_prefixes,
+    listed,
+    merged,
+    metric_facts,
+    model_facts,
+    noise_facts,
+    run_facts,
+)
 from .checkpoint import ConstraintRecord, last_complete_checkpoint
 from .clean_accuracy import CleanAccuracy, clean_accuracy
 from .constraints import ConstraintTable, LayerConstraints
@@ -146,6 +157,8 @@ class HessianRegularizedTrainer(Trainer):
         self._start_of = self._model
         self._saved_start: tuple[Path, str] | None = None
         self._evaluations = 0
+        self.card_data = CardData()
+        """What the model card says that training does not know: set what you like before the card is written."""
         self._measured: tuple[Measurement, int] | None = None
         self._set_up_correction()
         self._set_up_noisy_evaluation()
@@ -648,9 +661,11 @@ class HessianRegularizedTrainer(Trainer):
         else:
             weights = base_weights(model)
         held_out: dict[str, Any] = {}
-        if dataset is None and self.eval_dataset is not None:
-            given: Any = self.eval_dataset
-            held_out = {f"eval_{n}": d for n, d in given.items()} if isinstance(given, dict) else {"eval": given}
+        evaluated: Any = self.eval_dataset if dataset is None else None
+        if isinstance(evaluated, dict):
+            held_out = {f"eval_{name}": data for name, data in evaluated.items()}
+        elif evaluated is not None:
+            held_out = {"eval": evaluated}
         noisy = {prefix: estimates_clean_accuracy(self.args, prefix) for prefix in held_out}
         return measure(
             model,
@@ -695,6 +710,77 @@ class HessianRegularizedTrainer(Trainer):
             if self._evaluations % every == 0:
                 self._try_to_measure()
         return metrics
+
+    # The card
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write ``README.md`` with what was measured, its pictures, and the JSON that it is made from.
+
+        The signature is ``Trainer``'s; what it has no argument for is set in :attr:`card_data` before. Nothing is
+        measured here: that is :meth:`measure_hessian`'s. One process writes, and no other is waited for.
+        """
+        if not self.is_world_process_zero():
+            return
+        given = {
+            "language": listed(language),
+            "license": license,
+            "tags": listed(tags),
+            "model_name": model_name,
+            "base_model": finetuned_from,
+            "tasks": listed(tasks),
+            "datasets": listed(dataset) or listed(dataset_tags),
+            "dataset_ids": listed(dataset_tags),
+            "dataset_args": listed(dataset_args),
+        }
+        args, folder = self.args, Path(str(self.args.output_dir))
+        best = bool(args.load_best_model_at_end)
+        metrics = metric_facts(self.state, best=best)
+        known = self._transition is not None
+        found: dict[str, Any] = {
+            **model_facts(self._model),
+            **data_facts(self.train_dataset),
+            **noise_facts(self._transition, num_classes(self._model, loss_type(self._model)), self._noise_source()),
+            **run_facts(args, self.state),
+            "model_name": folder.absolute().name,
+            "metrics": metrics,
+            "metric_labels": {
+                prefix: "noisy" if estimates_clean_accuracy(args, prefix) else "clean"
+                for prefix in evaluation_prefixes(self.eval_dataset, metrics)
+                if known
+            },
+            "selected_by": args.metric_for_best_model if best else None,
+            "correction": correction_of(args),
+            "constraints": list(self.constraint_table()) if self.constraints else [],
+            "radius_choice": None if self.radius_choice is None else str(self.radius_choice),
+        }
+        if self._measured is not None and self._measured[1] == self.state.global_step:
+            measured = self._measured[0]
+            found |= {"bounds": list(measured.bounds), "risks": list(measured.risks), "reference": measured.reference}
+            report: HessianReport | None = measured.report
+        else:
+            report = None
+        source = setting(args, "noise_transition")
+        estimate = self.noise_estimate if self._estimates_noise else saved_estimate(source)
+        write_card(folder, merged(given, vars(self.card_data), found), report, estimate)
+
+    def _noise_source(self) -> str:
+        source = setting(self.args, "noise_transition")
+        if self._estimates_noise:
+            return "estimated from the training labels and frozen features before training"
+        if isinstance(source, float):
+            return f"symmetric noise of rate {source:g}, as given"
+        return f"read from {Path(source).name}" if isinstance(source, str) else "a matrix that was given"
 
     # Checkpoints
 

@@ -39,6 +39,7 @@ FLOORS = {
     "snapshot": 2,
     "arguments": 3,
     "callbacks": 3,
+    "card": 3,
     "checkpoint": 3,
     "data": 3,
     "diagnosis": 3,

@@ -1,0 +1,9 @@
+"""The model card: what is known of a model and how it was measured, as markdown with pictures. Floor 3.
+
+A card is made from files alone: ``robust_card.json`` (:class:`CardData`) and the reports that it names.
+"""
+
+from .data import CardData
+from .write import read_card, render_card, write_card
+
+__all__ = ["CardData", "read_card", "render_card", "write_card"]

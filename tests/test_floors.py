@@ -43,6 +43,7 @@ FLOORS = {
     "data": 3,
     "diagnosis": 3,
     "features": 3,
+    "figures": 3,
     "heat_map": 3,
     "hessian_measurement": 3,
     "noise_estimate": 3,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from .figures import new_figure, save_small
 from .noise import Matrix
-
-logger = logging.getLogger(__name__)
 
 # Numbers in cells, and a name at every row, stay legible up to here.
 LEGIBLE_CLASSES = 20
@@ -23,15 +21,11 @@ def save_heat_map(transition: Matrix, classes: Sequence[str], path: str | Path) 
         classes: K names.
         path: of the picture.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("%s is not drawn, as matplotlib is missing: pip install 'hf-robust-ft[recipes]'", path)
-        return False
     num_classes = len(transition)
     side = 2.2 + 0.5 * min(num_classes, LEGIBLE_CLASSES)
-    # Figure itself, not pyplot: no backend is chosen and no state kept.
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    figure = new_figure(side + 0.8, side, str(path))
+    if figure is None:
+        return False
     axes = figure.subplots()
     image = axes.imshow(transition, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, shrink=0.8, label="P(noisy label | true label)")
@@ -46,5 +40,5 @@ def save_heat_map(transition: Matrix, classes: Sequence[str], path: str | Path) 
                 if value >= 0.005:
                     colour = "white" if value > 0.5 else "black"
                     axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-    figure.savefig(path, dpi=120)
+    save_small(figure, path, dpi=120)
     return True

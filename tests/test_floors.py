@@ -45,6 +45,7 @@ FLOORS = {
     "diagnosis": 3,
     "features": 3,
     "fold_probabilities": 3,
+    "figures": 3,
     "heat_map": 3,
     "hessian_measurement": 3,
     "noise_estimate": 3,

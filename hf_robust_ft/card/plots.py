@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..bounds.bound import Bound
 from ..curvature import HessianReport
+from ..figures import GROUND, new_figure, save_small
 from ..hessian_measurement import block_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-logger = logging.getLogger(__name__)
 
 LAYERS_FILE = "plots/hessian_by_layer.png"
 BOUNDS_FILE = "plots/bounds.png"
 TRANSITION_FILE = "plots/transition.png"
 
-GROUND = "#f7f7f5"
 # Okabe & Ito 2008, told apart with any colour vision; shapes differ, too.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5f5f5f"
-DPI = 110
+WIDTH, DPI = 8.0, 110
+BEYOND = 4
+"""Decades around the gap and its bounds that are shown."""
 NAMES = 26
 """Blocks whose names fit below the axis."""
 
 
-def new_figure(height: float) -> Figure | None:
-    """A figure 8 inches wide; None (and a logged note) without matplotlib."""
-    try:
-        # Not pyplot: no backend is chosen and no state kept.
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("the card has no plots, as matplotlib is missing: pip install 'hf-robust-ft[recipes]'")
-        return None
-    return Figure(figsize=(8, height), layout="constrained", facecolor=GROUND)
-
-
 def plot_layers(report: HessianReport, path: Path) -> bool:
     """𝓗_i and distance of every layer, in the model's order; False without matplotlib."""
-    figure = new_figure(5.2)
+    figure = new_figure(WIDTH, 5.2, str(path))
     if figure is None:
         return False
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.6, 1))
@@ -77,12 +62,12 @@ def plot_layers(report: HessianReport, path: Path) -> bool:
     starts = list(blocks.items())
     step = -(-len(starts) // NAMES)
     shown = starts[::step]
-    lower.set_xticks([i for _, i in shown], [_tail(name) for name, _ in shown], rotation=60, ha="right", fontsize=8)
+    lower.set_xticks([i for _, i in shown], [_tail(name) for name, _ in shown], rotation=90, fontsize=7.5)
     for axes in (upper, lower):
         _tidy(axes)
         for start in list(blocks.values())[1:]:
             axes.axvline(start - 0.5, color="#d5d5d0", linewidth=0.6, zorder=0)
-    _save(figure, path)
+    save_small(figure, path, DPI)
     return True
 
 
@@ -100,7 +85,7 @@ def plot_bounds(bounds: Sequence[Bound], gap: float | None, error: float | None,
     if not losses and not errors:
         return False
     rows = [len(losses), len(errors)] if errors and losses else [len(losses) or len(errors)]
-    figure = new_figure(1.3 * len(rows) + 0.34 * sum(rows) + 0.4)
+    figure = new_figure(WIDTH, 1.3 * len(rows) + 0.34 * sum(rows) + 0.4, str(path))
     if figure is None:
         return False
     panels = figure.subplots(len(rows), 1, height_ratios=[r + 1.5 for r in rows], squeeze=False)[:, 0]
@@ -108,30 +93,36 @@ def plot_bounds(bounds: Sequence[Bound], gap: float | None, error: float | None,
         _losses(panels[0], losses, gap)
     if errors:
         _errors(panels[-1], errors, error)
-    _save(figure, path)
+    save_small(figure, path, DPI)
     return True
 
 
 def _losses(axes: Any, losses: Sequence[tuple[Bound, float]], gap: float | None) -> None:
-    for y, (bound, where) in enumerate(reversed(losses)):
+    title = "Bounds on the gap (dots) and measures known up to constants (diamonds)"
+    # The axis is for what has a scale: the gap and its bounds. Products of norms lie beyond the edge of any other.
+    scaled = [where for bound, where in losses if bound.kind != "measure"]
+    if gap is not None:
+        title += f"\nMeasured gap: {gap:.3g}"
+        title += " (vertical line)" if gap > 0 else ", not above 0 and so not on this axis"
+    if gap is not None and gap > 0:
+        scaled.append(math.log10(gap))
+        axes.axvline(scaled[-1], color=ORANGE, linewidth=2)
+    scaled = scaled or [where for _, where in losses]
+    wheres = [min(max(where, min(scaled) - BEYOND), max(scaled) + BEYOND) for _, where in losses]
+    low, high = math.floor(min(wheres + scaled)), math.ceil(max(wheres + scaled))
+    span = max(high - low, 1)
+    for y, (at, (bound, where)) in enumerate(reversed(list(zip(wheres, losses, strict=True)))):
         measure = bound.kind == "measure"
         colour, marker = (PINK, "D") if measure else (BLUE, "o")
-        axes.plot(where, y, marker, color=colour, mfc="none" if measure else colour, markersize=7)
-        axes.annotate(_power(where), (where, y), (9, 0), textcoords="offset points", va="center", fontsize=8)
+        if at != where:
+            marker = ">" if where > at else "<"
+        axes.plot(at, y, marker, color=colour, mfc="none" if measure else colour, markersize=7, markeredgewidth=1.5)
+        text = _power(where) + ("" if at == where else " (off the axis)")
+        side, align = ((-9, 0), "right") if at > low + 0.7 * span else ((9, 0), "left")
+        axes.annotate(text, (at, y), side, textcoords="offset points", va="center", ha=align, fontsize=8)
     axes.set_yticks(range(len(losses)), [_plain(bound.name) for bound, _ in reversed(losses)], fontsize=9)
     axes.set_ylim(-0.6, len(losses) - 0.4)
-    wheres = [where for _, where in losses]
-    title = "Bounds on the gap (dots) and measures known up to constants (diamonds)"
-    if gap is not None:
-        title += f"\nMeasured gap: {gap:.3g}" + (
-            " (vertical line)" if gap > 0 else ", not above 0 and so not on this axis"
-        )
-    if gap is not None and gap > 0:
-        wheres.append(math.log10(gap))
-        axes.axvline(wheres[-1], color=ORANGE, linewidth=2)
-    low, high = math.floor(min(wheres)), math.ceil(max(wheres))
-    span = max(high - low, 1)
-    axes.set_xlim(low - 0.05 * span, high + 0.14 * span)
+    axes.set_xlim(low - 0.05 * span, high + 0.05 * span)
     ticks = range(low, high + 1, max(1, -(-span // 8)))
     axes.set_xticks(list(ticks), [f"$10^{{{tick}}}$" for tick in ticks])
     axes.set_xlabel("loss on new examples minus loss on training examples (nats; log axis)", fontsize=9)
@@ -186,8 +177,3 @@ def _tidy(axes: Any) -> None:
     axes.grid(axis="both", color="#e2e2de", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, facecolor=GROUND)

@@ -18,7 +18,7 @@ from ..hessian_measurement import block_of
 from ..risks import MeasuredRisk
 from .data import CardData, plain
 from .metadata import TIMES, labels_of
-from .text import NOT_MEASURED, Markup, escaped, fenced, number, one_line, percent
+from .text import NOT_MEASURED, Markup, escaped, fenced, number, one_line, percent, whole
 
 WORST = 5
 PRINTED_CLASSES = 12
@@ -201,7 +201,7 @@ def _assumptions(bounds: Sequence[Bound]) -> list[tuple[str, str]]:
     for bound in bounds:
         for text in bound.assumptions:
             found.setdefault(text, []).append(bound.name)
-    return [(text, ", ".join(names)) for text, names in found.items()]
+    return [(whole(text), whole(", ".join(names))) for text, names in found.items()]
 
 
 def _limits(data: CardData, report: HessianReport | None) -> list[str]:

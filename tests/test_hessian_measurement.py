@@ -14,8 +14,8 @@ import pytest
 import tiny
 import torch
 from torch.utils.data import DataLoader
+from transformers import DefaultFlowCallback
 
-import hf_robust_ft.trainer
 from hf_robust_ft import (
     CorrectedLoss,
     HessianReport,
@@ -79,7 +79,7 @@ def test_it_is_what_measure_hessian_says(tmp_path: Path, noise: float | None) ->
 def test_metrics_reach_the_state_and_trackers(tmp_path: Path) -> None:
     seen: list[dict[str, float]] = []
 
-    class Tracker(hf_robust_ft.trainer.DefaultFlowCallback):  # any callback would do
+    class Tracker(DefaultFlowCallback):  # any callback would do
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> Any:
             seen.append(dict(logs))
 
@@ -186,7 +186,7 @@ def test_a_failed_measurement_leaves_the_model_and_says_how_to_go_on(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise MeasurementStopped("out of paper", report)
 
-    monkeypatch.setattr(hf_robust_ft.trainer, "measure", fail)
+    monkeypatch.setattr("hf_robust_ft.trainer.curvature.measure", fail)
     with caplog.at_level(logging.ERROR):
         trainer = trained(tmp_path / "run")
     assert "out of paper" in caplog.text

@@ -163,7 +163,7 @@ def test_the_training_is_that_of_the_chosen_radius(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     """Bit for bit, with dropout: the random numbers, too, are where they were."""
-    monkeypatch.setattr("hf_robust_ft.trainer.CANDIDATES", (0.003, 0.02))
+    monkeypatch.setattr("hf_robust_ft.trainer.radius.CANDIDATES", (0.003, 0.02))
 
     def model() -> nn.Module:
         torch.manual_seed(0)
@@ -267,7 +267,7 @@ def separable(examples: int, seed: int, rate: float) -> Dataset:
 def test_it_works_with_an_estimated_matrix_which_is_estimated_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_robust_ft import trainer as module
+    from hf_robust_ft.trainer import labels as module
 
     calls = []
     study = module.study_labels
@@ -398,7 +398,7 @@ def test_of_several_validation_sets_the_one_that_selects_scores(tmp_path: Path) 
 
 def test_a_resumed_run_reads_the_radius_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"save_strategy": "steps", "save_steps": 2}
-    monkeypatch.setattr("hf_robust_ft.trainer.CANDIDATES", (0.003, 0.02))
+    monkeypatch.setattr("hf_robust_ft.trainer.radius.CANDIDATES", (0.003, 0.02))
     first = auto(tmp_path, **settings)
     first.train()
     replace(chosen(first), seed=99).save(tmp_path / FILE)

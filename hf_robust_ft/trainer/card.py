@@ -1,0 +1,99 @@
+"""The model card: what the run and the Trainer know, gathered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..card import CardData, write_card
+from ..card.facts import (
+    data_facts,
+    evaluation_prefixes,
+    listed,
+    merged,
+    metric_facts,
+    model_facts,
+    noise_facts,
+    run_facts,
+)
+from ..corrected_loss import loss_type
+from ..features import correction_of, num_classes, setting
+from ..noise_estimate import saved_estimate
+from ..noisy_evaluation import estimates_clean_accuracy
+from .curvature import MeasuringTrainer
+
+
+class CardTrainer(MeasuringTrainer):
+    """Writes the model card; see :class:`~hf_robust_ft.HessianRegularizedTrainer`."""
+
+    def _set_up(self) -> None:
+        super()._set_up()
+        self.card_data = CardData()
+        """What the model card says that training does not know: set what you like before the card is written."""
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write ``README.md`` with what was measured, its pictures, and the JSON that it is made from.
+
+        The signature is ``Trainer``'s; what it has no argument for is set in :attr:`card_data` before. Nothing is
+        measured here: that is :meth:`measure_hessian`'s. One process writes, and no other is waited for.
+        """
+        if not self.is_world_process_zero():
+            return
+        given = {
+            "language": listed(language),
+            "license": license,
+            "tags": listed(tags),
+            "model_name": model_name,
+            "base_model": finetuned_from,
+            "tasks": listed(tasks),
+            "datasets": listed(dataset) or listed(dataset_tags),
+            "dataset_ids": listed(dataset_tags),
+            "dataset_args": listed(dataset_args),
+        }
+        args, folder = self.args, Path(str(self.args.output_dir))
+        best = bool(args.load_best_model_at_end)
+        metrics = metric_facts(self.state, best=best)
+        known = self._transition is not None
+        found: dict[str, Any] = {
+            **model_facts(self._model),
+            **data_facts(self.train_dataset),
+            **noise_facts(self._transition, num_classes(self._model, loss_type(self._model)), self._noise_source()),
+            **run_facts(args, self.state),
+            "model_name": folder.absolute().name,
+            "metrics": metrics,
+            "metric_labels": {
+                prefix: "noisy" if estimates_clean_accuracy(args, prefix) else "clean"
+                for prefix in evaluation_prefixes(self.eval_dataset, metrics)
+                if known
+            },
+            "selected_by": args.metric_for_best_model if best else None,
+            "correction": correction_of(args),
+            "constraints": list(self.constraint_table()) if self.constraints else [],
+            "radius_choice": None if self.radius_choice is None else str(self.radius_choice),
+        }
+        measured, report = self._measurement_now, None
+        if measured is not None:
+            report = measured.report
+            found |= {"bounds": list(measured.bounds), "risks": list(measured.risks), "reference": measured.reference}
+        source = setting(args, "noise_transition")
+        estimate = self.noise_estimate if self._estimates_noise else saved_estimate(source)
+        write_card(folder, merged(given, vars(self.card_data), found), report, estimate)
+
+    def _noise_source(self) -> str:
+        source = setting(self.args, "noise_transition")
+        if self._estimates_noise:
+            return "estimated from the training labels and frozen features before training"
+        if isinstance(source, float):
+            return f"symmetric noise of rate {source:g}, as given"
+        return f"read from {Path(source).name}" if isinstance(source, str) else "a matrix that was given"

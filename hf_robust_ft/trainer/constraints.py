@@ -1,0 +1,114 @@
+"""Balls around the pretrained weights and penalties: in each step, and in the checkpoints that a run resumes from."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..callbacks import ProjectionCallback
+from ..checkpoint import ConstraintRecord
+from ..constraints import ConstraintTable, LayerConstraints
+from ..features import make_constraints, setting
+from ..penalized_step import penalized_step
+from ..reference import load_reference, reference_digest, save_reference
+from .loss import CorrectedTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class ConstrainedTrainer(CorrectedTrainer):
+    """Keeps each layer in its ball; see :class:`~hf_robust_ft.HessianRegularizedTrainer`."""
+
+    def _set_up(self) -> None:
+        super()._set_up()
+        self._saved_reference: tuple[Path, LayerConstraints] | None = None
+        self._constrained_model = self._model
+        self._projection = ProjectionCallback(self._make_constraints(sharded_by=self._sharded_by))
+        # First of all callbacks, so that others see projected weights after a step.
+        self.callback_handler.callbacks.insert(0, self._projection)
+
+    @property
+    def constraints(self) -> LayerConstraints:
+        """The balls around the layers; none of them if ``layer_radius`` is None."""
+        return self._projection.constraints
+
+    def constraint_table(self) -> ConstraintTable:
+        """Every trained parameter: its centre, radius, norm and distance now, or why it is free."""
+        return self.constraints.table()
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        self._set_up_constraints()
+
+    def _set_up_constraints(self) -> None:
+        build = functools.partial(self._make_constraints, sharded_by=self._sharded_by)
+        if self._model is self._constrained_model:
+            # Weights that have moved are no centre: a second train() of one model keeps the first one's.
+            untrained = self.state.global_step == 0
+            before = self.constraints
+            constraints = build(reference=before.reference, capture_missing=untrained, fresh=before.fresh)
+        else:
+            self._drop_constraints()
+            self._constrained_model = self._model
+            constraints = build()
+        if constraints and self.args.world_size > 1:
+            # A head that each process initialised by itself; DDP, too, starts from that of process 0.
+            same = {name: broadcast(centre) for name, centre in constraints.reference.items()}
+            constraints = build(reference=same, fresh=constraints.fresh)
+        self._projection.constraints = constraints
+
+    def _make_constraints(self, **settings: Any) -> LayerConstraints:
+        return make_constraints(self.args, self._model, **settings)
+
+    def _drop_constraints(self) -> None:
+        """The old centres go before new ones come: memory for one copy is enough."""
+        self._projection.constraints = LayerConstraints(self._model, None)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As ``Trainer.training_step``, with the penalties: see :func:`~hf_robust_ft.penalized_step.penalized_step`."""
+        step = functools.partial(super().training_step, model, inputs, num_items_in_batch)
+        return penalized_step(self, model, self.constraints, step)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """None beyond ``max_steps``: Trainer resumes a run that is finished within an epoch with one step more."""
+        finished = 0 < self.state.max_steps <= self.state.global_step
+        if finished and (self.constraints or self._corrected is not None or setting(self.args, "hessian_penalty")):
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Before the weights are read: a resume that is refused leaves the model, and so the next centres, as they were.
+        if self.constraints and Path(resume_from_checkpoint).is_dir():
+            self._restore_constraints(Path(resume_from_checkpoint).absolute())
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _restore_constraints(self, checkpoint: Path) -> None:
+        record = ConstraintRecord.load(checkpoint)
+        self._drop_constraints()
+        reference = load_reference(checkpoint.parent, record.reference_sha256)
+        self._projection.constraints = self._make_constraints(reference=reference, fresh=record.fresh)
+        if record.radius_norm != self.constraints.norm or record.radii != self.constraints.radii:
+            logger.warning("the radii differ from those of the checkpoint; training goes on with the new ones")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.constraints and self.args.should_save:
+            # First the reference, then the record that names it, then the checkpoint, whose
+            # trainer_state.json comes last: whatever is complete can be resumed.
+            run, constraints = Path(self._get_output_dir(trial)), self.constraints
+            if self._saved_reference != (run, constraints):
+                save_reference(constraints.reference, run)
+                self._saved_reference = (run, constraints)
+                self._reference_digest = reference_digest(constraints.reference)
+            record = ConstraintRecord(self._reference_digest, constraints.norm, constraints.radii, constraints.fresh)
+            record.save(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)

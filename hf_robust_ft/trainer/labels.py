@@ -1,0 +1,139 @@
+"""What is learned of the training labels before the first step: T, and posteriors of the true classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from ..arguments import ESTIMATE
+from ..corrected_loss import loss_type
+from ..estimation import TransitionEstimate
+from ..features import correction_of, num_classes, setting
+from ..label_targets import FILE as TARGETS_FILE
+from ..label_targets import LabelTargets, Numbered, TargetCollator
+from ..noise_estimate import FILE as ESTIMATE_FILE
+from ..noise_estimate import check_estimable, study_labels
+
+
+class LabelTrainer(Trainer):
+    """Knows T and what to train on in the place of labels; see :class:`~hf_robust_ft.HessianRegularizedTrainer`."""
+
+    def _set_up(self) -> None:
+        self._own_label_names = self.label_names
+        self.noise_estimate: TransitionEstimate | None = None
+        """With ``noise_transition="estimate"``: T and its uncertainty, once training or evaluation has begun."""
+        self.label_targets: LabelTargets | None = None
+        """With ``loss_correction="posterior"``: what is trained on, once training has begun."""
+
+    @property
+    def _model(self) -> nn.Module:
+        assert self.model is not None  # Trainer's own annotation leaves it open until __init__ ends
+        return self.model
+
+    @property
+    def _sharded_by(self) -> str | None:
+        if self.is_deepspeed_enabled:
+            return "DeepSpeed"
+        # Asked for but ignored (as on a CPU) counts, too: the run would not be the one that was meant.
+        return "FSDP" if self.is_fsdp_enabled or self.args.fsdp else None
+
+    def _before_training(self, resumed: str | None, trial: Any) -> None:
+        if resumed is not None:
+            # The model may be that of a checkpoint: then its features are no longer those that these came from.
+            self._read_study(Path(resumed).absolute().parent, posteriors=self._uses_posteriors)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Settings are read here: train() calls this after model_init and before it loads a checkpoint."""
+        super()._hp_search_setup(trial)
+        self._study_labels(posteriors=self._uses_posteriors)
+
+    @property
+    def _estimates_noise(self) -> bool:
+        return isinstance(value := setting(self.args, "noise_transition"), str) and value == ESTIMATE
+
+    @property
+    def _transition(self) -> Any:
+        """The noise model. Until it is estimated a rate of 0 stands in, with which nothing is computed."""
+        if not self._estimates_noise:
+            return setting(self.args, "noise_transition")
+        return 0.0 if self.noise_estimate is None else self.noise_estimate.transition
+
+    @property
+    def _uses_posteriors(self) -> bool:
+        return bool(correction_of(self.args) == "posterior")
+
+    def _check_estimable(self) -> None:
+        asked = f"noise_transition='{ESTIMATE}'" if self._estimates_noise else "loss_correction='posterior'"
+        if self._estimates_noise or self._uses_posteriors:
+            check_estimable(self._model, self.train_dataset, self.label_names, asked, self.args.world_size)
+
+    def _study_labels(self, *, posteriors: bool) -> None:
+        """Once: T, and the posteriors of the training labels, from the features that the model has before training."""
+        estimate = self._estimates_noise and self.noise_estimate is None
+        posteriors = posteriors and self.label_targets is None
+        if not estimate and not posteriors:
+            return
+        self._check_estimable()
+        dataset, collate = self._without_unused_columns("noise estimation")
+        found = study_labels(
+            self._model,
+            dataset,
+            collate,
+            self.label_names[0],
+            num_classes(self._model, loss_type(self._model)),
+            self.args,
+            transition=None if estimate else self._transition,
+            posteriors=posteriors,
+        )
+        self.noise_estimate = found.estimate or self.noise_estimate
+        self.label_targets = found.targets or self.label_targets
+
+    def _without_unused_columns(self, purpose: str, dataset: Any = None) -> tuple[Any, Any]:
+        """The training set or another and a collator, of which one leaves out what the model does not take."""
+        dataset, collate = self.train_dataset if dataset is None else dataset, self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            return self._remove_unused_columns(dataset, description=purpose), collate
+        return dataset, self._get_collator_with_removed_columns(collate, description=purpose)
+
+    def _read_study(self, folder: Path, *, posteriors: bool) -> None:
+        """Take what a run found and wrote there, if it is there, and write it to this run's folder, too."""
+        output = Path(str(self.args.output_dir))
+        if self._estimates_noise and self.noise_estimate is None and (folder / ESTIMATE_FILE).is_file():
+            self.noise_estimate = TransitionEstimate.load(folder / ESTIMATE_FILE)
+            if self.args.should_save:
+                self.noise_estimate.save(output / ESTIMATE_FILE)
+        if posteriors and self.label_targets is None and (folder / TARGETS_FILE).is_file():
+            self.label_targets = LabelTargets.load(folder)
+            if self.args.should_save:
+                self.label_targets.save(output)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As ``Trainer.get_train_dataloader``; with ``loss_correction="posterior"`` batches have posteriors [B, K]
+        in the place of labels."""
+        targets = self.label_targets
+        if targets is None or not self._uses_posteriors:
+            return super().get_train_dataloader()
+        dataset, collate = self.train_dataset, self.data_collator
+        if len(dataset) != len(targets.labels):  # type: ignore[arg-type]
+            raise ValueError(
+                f"loss_correction='posterior' was computed for {len(targets.labels)} examples, but train_dataset has "
+                f"{len(dataset)}; make a new Trainer for other data"  # type: ignore[arg-type]
+            )
+        plain, plain_collate = self._without_unused_columns("training")
+        self.train_dataset = Numbered(plain)
+        self.data_collator = TargetCollator(plain_collate, targets, self.label_names[0])
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = dataset, collate
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # It looks into examples for their length.
+        return super()._get_train_sampler(
+            train_dataset.dataset if isinstance(train_dataset, Numbered) else train_dataset
+        )

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, TrainingArguments
 
 from .bounds.bound import Bound
+from .bounds.held_out import held_out_error
 from .checkpoint import STATE_FILE
 from .corrected_loss import CorrectedLoss, loss_type
 from .curvature import HessianReport, measure_hessian
@@ -247,7 +248,7 @@ class Measurement:
 
     report: HessianReport
     bounds: tuple[Bound, ...]
-    """Empty where the number of training examples is not known."""
+    """Those of training examples only where their number is known."""
     risks: tuple[MeasuredRisk, ...]
     """Of the measured examples, then of each evaluation data set that has labels."""
     reference: str
@@ -261,6 +262,8 @@ class ExampleSet(NamedTuple):
     dataset: Any
     collate: Callable[[list[Any]], Any]
     labels: Labels
+    selected_on: bool = False
+    """Something was chosen by them, such as the epoch: what they say of the model is flattered."""
 
 
 def measure(
@@ -301,7 +304,16 @@ def measure(
         except (ValueError, RuntimeError, TypeError) as error:
             logger.warning("the loss of %s data was not measured: %s", of.name, error)
     matrix = None if loss is None or loss.matrices is None else loss.matrices[0]
-    return Measurement(report, _bounds(report, measured, risks, matrix, model, weights), tuple(risks), described)
+    fair = [each.name for each in held_out if not each.selected_on and each.labels != "noisy"]
+    certified = [
+        held_out_error(
+            round(risk.error * risk.judged), risk.judged, name=f"held-out, {risk.data}", clean=risk.labels == "clean"
+        )
+        for risk in risks
+        if risk.data in fair and risk.error is not None and risk.judged
+    ]
+    bounds = (*_bounds(report, measured, risks, matrix, model, weights), *certified)
+    return Measurement(report, bounds, tuple(risks), described)
 
 
 def _bounds(

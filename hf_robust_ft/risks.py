@@ -40,6 +40,8 @@ class MeasuredRisk:
     """10th percentile over examples of the label's logit minus the largest other; None as for ``error``."""
     n: int
     """Examples looked at."""
+    judged: int | None = None
+    """Those of them that ``error`` is a share of."""
 
 
 @torch.no_grad()
@@ -85,6 +87,7 @@ def measure_risk(
         error=(margin <= 0).double().mean().item() if single and margin is not None else None,
         margin=margin.quantile(MARGIN_QUANTILE).item() if single and margin is not None else None,
         n=len(values),
+        judged=len(margin) if single and margin is not None else None,
     )
 
 

@@ -28,7 +28,7 @@ from hf_robust_ft import (
     report_bounds,
     symmetric_transition,
 )
-from hf_robust_ft.bounds import binary_kl, gaussian_kl, kl_inverse
+from hf_robust_ft.bounds import binary_kl, gaussian_kl, held_out_error, kl_inverse
 from hf_robust_ft.bounds.kl import mean_bound
 from hf_robust_ft.bounds.pac_bayes import PRIOR_SCALES, bounded_loss
 from hf_robust_ft.curvature.report import LayerCurvature, PositivePart, Statistic
@@ -279,6 +279,38 @@ def test_held_out_accuracy_is_an_error_bound() -> None:
     contradiction = held_out_bound(clean_accuracy(labels, labels, symmetric_transition(4, 0.5)))
     assert contradiction.value is None
     assert "contradict T" in str(contradiction)
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 7, 39, 40])
+def test_the_held_out_error_is_the_largest_that_so_few_mistakes_do_not_refute(wrong: int) -> None:
+    bound = held_out_error(wrong, 40, name="held-out", clean=True, confidence=0.9)
+    assert bound.terms == {"error": wrong / 40}
+    if wrong == 40:
+        assert bound.value == 1
+    else:
+        assert binom.cdf(wrong, 40, bound.value) == pytest.approx(0.1)
+    assert bound.bounds_what == "error on clean labels"
+    assert "like these" in held_out_error(wrong, 40, name="held-out", clean=False).bounds_what
+
+
+@pytest.mark.parametrize("truth", [0.1, 0.3])
+def test_the_held_out_error_holds_as_often_as_it_says(truth: float) -> None:
+    shares = [binom.pmf(k, 60, truth) for k in range(61)]
+    values = [held_out_error(k, 60, name="held-out", clean=True).value or 0.0 for k in range(61)]
+    assert 0.95 <= math.fsum(p for p, value in zip(shares, values, strict=True) if value >= truth) < 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n": 0}, "n is 0"),
+        ({"wrong": 5}, "wrong is 5 of n=4"),
+        ({"confidence": 1.0}, "confidence is 1.0; it is a probability"),
+    ],
+)
+def test_held_out_error_refuses(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        held_out_error(**{"wrong": 1, "n": 4, "name": "held-out", "clean": True, **settings})
 
 
 # Kl

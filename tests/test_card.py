@@ -420,7 +420,7 @@ def test_the_card_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert known.tasks == ["text-classification"]
     assert known.training_examples == 24
     assert known.condition_number == pytest.approx(1 / 0.7)
-    assert len(known.bounds) == 7
+    assert len(known.bounds) == 8
     assert "output_dir" not in known.arguments
 
 
@@ -443,6 +443,19 @@ def test_trained_on_after_a_measurement_it_is_not_shown(tmp_path: Path) -> None:
     trainer.train()
     trainer.create_model_card()
     assert "Hessian distance measure: not measured." in (tmp_path / "README.md").read_text()
+
+
+def test_noisy_held_out_labels_estimate_the_error_of_these_weights(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, noise_transition=0.2, eval_labels="noisy", eval_dataset=tiny.texts(40, 1))
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.create_model_card()
+    (found,) = read_card(tmp_path)[0].bounds
+    assert found.name == "held-out, eval"
+    assert found.terms["error"] == pytest.approx(1 - metrics["eval_clean_accuracy"])
+    trainer.train()
+    trainer.create_model_card()
+    assert read_card(tmp_path)[0].bounds == []
 
 
 def test_other_processes_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

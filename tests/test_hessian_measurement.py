@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from torch.utils.data import DataLoader
-from transformers import DefaultFlowCallback
+from transformers import DefaultFlowCallback, EarlyStoppingCallback
 
 from hf_robust_ft import (
     CorrectedLoss,
@@ -300,6 +300,30 @@ def test_bounds_and_risks_are_those_of_the_measured_loss(tmp_path: Path) -> None
     assert [(risk.labels, risk.corrected) for risk in noisy._measured[0].risks] == [("noisy", True)] * 2
     plain = trained(tmp_path)
     assert [(risk.labels, risk.corrected) for risk in plain._measured[0].risks] == [("as given", False)]
+
+
+def held_out(trainer: Any) -> set[str]:
+    return {name for name in bounds_of(trainer) if name.startswith("held-out")}
+
+
+def test_data_that_nothing_was_chosen_by_certify_the_error(tmp_path: Path) -> None:
+    evaluated = {"dev": tiny.texts(16, 1), "test": tiny.texts(16, 2)}
+    settings = {"eval_dataset": evaluated, "eval_strategy": "epoch"}
+    trainer = trained(tmp_path / "a", **settings)
+    bound = bounds_of(trainer)["held-out, eval_test"]
+    predicted = trainer.predict(evaluated["test"])
+    wrong = (predicted.predictions.argmax(-1) != predicted.label_ids).mean()
+    assert bound.terms == {"error": pytest.approx(wrong)}
+    assert bound.bounds_what == "error on labels like these"
+    assert held_out(trainer) == {"held-out, eval_dev", "held-out, eval_test"}
+    best = {"load_best_model_at_end": True, "save_strategy": "epoch", "metric_for_best_model": "dev_loss"}
+    assert held_out(trained(tmp_path / "b", **settings, **best)) == {"held-out, eval_test"}
+    stopped = {"callbacks": [EarlyStoppingCallback()], "metric_for_best_model": "eval_test_loss"}
+    trainer = trained(tmp_path / "c", **settings, **stopped)
+    assert held_out(trainer) == {"held-out, eval_dev"}
+    # Of noisy labels there is an estimate by T only, which evaluation makes.
+    noisy = {"noise_transition": 0.2, "eval_labels": "noisy"}
+    assert not held_out(trained(tmp_path / "d", **settings, **noisy))
 
 
 def test_risk_against_the_plain_sums() -> None:

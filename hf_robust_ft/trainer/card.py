@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..bounds import Bound, held_out_bound
 from ..card import CardData, write_card
 from ..card.facts import (
     data_facts,
@@ -82,13 +83,23 @@ class CardTrainer(MeasuringTrainer):
             "constraints": list(self.constraint_table()) if self.constraints else [],
             "radius_choice": None if self.radius_choice is None else str(self.radius_choice),
         }
-        measured, report = self._measurement_now, None
+        measured, report, bounds = self._measurement_now, None, []
         if measured is not None:
-            report = measured.report
-            found |= {"bounds": list(measured.bounds), "risks": list(measured.risks), "reference": measured.reference}
+            report, bounds = measured.report, list(measured.bounds)
+            found |= {"risks": list(measured.risks), "reference": measured.reference}
+        found["bounds"] = bounds + self._held_out_estimates()
         source = setting(args, "noise_transition")
         estimate = self.noise_estimate if self._estimates_noise else saved_estimate(source)
         write_card(folder, merged(given, vars(self.card_data), found), report, estimate)
+
+    def _held_out_estimates(self) -> list[Bound]:
+        """By noisy labels that nothing was chosen by; of these weights."""
+        return [
+            held_out_bound(accuracy, f"held-out, {prefix}")
+            for prefix, (accuracy, step) in self._clean_accuracies.items()
+            # The best weights may be those of another step.
+            if step == self.state.global_step and prefix != self._selected_on and not self.args.load_best_model_at_end
+        ]
 
     def _noise_source(self) -> str:
         source = setting(self.args, "noise_transition")

@@ -103,7 +103,8 @@ class MeasuringTrainer(RadiusTrainer):
 
     def _measure(self, dataset: Any, examples: int | None, time_budget: float | None, reference: Any) -> Measurement:
         def example_set(name: str, data: Any, labels: Any) -> ExampleSet:
-            return ExampleSet(name, *self._without_unused_columns("measurement", data), labels)
+            columns = self._without_unused_columns("measurement", data)
+            return ExampleSet(name, *columns, labels, selected_on=name == self._selected_on)
 
         model, known = self._model, self._transition is not None
         if reference is not None:

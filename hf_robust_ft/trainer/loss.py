@@ -42,9 +42,15 @@ class CorrectedTrainer(LabelTrainer):
         self._scored_prefix: str | None = None
         self._scored: tuple[Any, int] | None = None
         self._best_scored: tuple[Any, int] | None = None
+        # Of the last evaluation under each prefix, and the step that it was made at.
+        self._clean_accuracies: dict[str, tuple[CleanAccuracy, int]] = {}
         self._set_up_correction()
         self._set_up_noisy_evaluation()
         self._check_estimable()
+
+    def _before_training(self, resumed: str | None, trial: Any) -> None:
+        super()._before_training(resumed, trial)
+        self._clean_accuracies.clear()  # of weights that will move
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
@@ -187,7 +193,9 @@ class CorrectedTrainer(LabelTrainer):
             if self._predicted and scored:
                 self._scored = torch.cat([pairs for pairs, _ in self._predicted]), self._predicted[0][1]
             if self._predicted and asked:
-                metrics.update(clean_accuracy_metrics(self._clean_accuracy(), metric_key_prefix, metrics))
+                found = self._clean_accuracy()
+                metrics.update(clean_accuracy_metrics(found, metric_key_prefix, metrics))
+                self._clean_accuracies[metric_key_prefix] = found, self.state.global_step
         finally:
             self._evaluated, self._predicted = outer
         return output

@@ -60,6 +60,18 @@ class RadiusTrainer(ConstrainedTrainer):
         return self._scored_prefix is not None
 
     @property
+    def _selected_on(self) -> str | None:
+        """The prefix of the evaluation that something was chosen by: the epoch, when to stop, or the radius."""
+        stops = any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
+        if not (self.args.load_best_model_at_end or stops or self.radius_choice is not None):
+            return None
+        named = [f"eval_{name}" for name in self.eval_dataset] if isinstance(self.eval_dataset, dict) else []
+        if len(named) == 1:
+            return named[0]
+        metric = f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        return max((prefix for prefix in named if metric.startswith(f"{prefix}_")), key=len, default="eval")
+
+    @property
     def _validation_noise(self) -> Any:
         """T of the labels that radii are scored on; None where they count as they are."""
         return None if setting(self.args, "eval_labels") == "clean" else self._transition
@@ -152,6 +164,7 @@ class RadiusTrainer(ConstrainedTrainer):
         )
         sibling.control = TrainerControl()
         sibling._scored_prefix = prefix
+        sibling._clean_accuracies = {}  # not this one's
         sibling.train()
         scored = sibling._best_scored if self.args.load_best_model_at_end else None
         if scored is None:

@@ -114,6 +114,8 @@ class Task:
 
     data: DatasetDict
     """``train`` and ``test``; the labels are a ``ClassLabel`` column."""
+    data_name: str
+    """What a model card calls them."""
     label_column: str
     make_model: Callable[[list[str]], PreTrainedModel]
     """A pretrained model with a new head, from the names of the classes."""
@@ -122,6 +124,8 @@ class Task:
     collator: Callable[[list[Any]], dict[str, Any]] | None = None
     prepare: Callable[[Dataset], Dataset] = lambda part: part
     """What turns examples into inputs of the model, after the labels were corrupted."""
+    about_labels: str = ""
+    """A sentence for the card: where the training labels come from."""
 
 
 def parse(kind: type[Arguments], doc: str, **defaults: Any) -> tuple[Arguments, RobustTrainingArguments]:
@@ -172,6 +176,16 @@ def load(
     )
 
 
+def name_of_data(recipe: RunArguments, fallback: str, *, data_dir: str | None = None) -> str:
+    """What :func:`load` loads, in words."""
+    if recipe.train_file:
+        path = Path(recipe.train_file).absolute()
+        return f"{path.parent.name}/{path.name}"
+    if data_dir and not recipe.dataset_name:
+        return Path(data_dir).absolute().name
+    return recipe.dataset_name or fallback
+
+
 def name_classes(train: Dataset, test: Dataset, column: str) -> tuple[Dataset, Dataset]:
     """Labels that are words or numbers as class labels, in the order of the words or numbers.
 
@@ -219,6 +233,15 @@ def compare(task: Task, recipe: RunArguments, arguments: RobustTrainingArguments
     return runs
 
 
+def describe(recipe: RunArguments, task: Task, method: str) -> str:
+    """What a reader of the card must know before its figures."""
+    said = f"A run of a recipe that compares ways to train on noisy labels; this is the method '{method}'."
+    if isinstance(recipe, NoisyRunArguments) and recipe.noise != "none":
+        kind = recipe.noise.replace("_", "-")
+        said += f" {recipe.noise_rate:.0%} of the training labels were replaced on purpose ({kind} noise)."
+    return f"{said}{task.about_labels} The labels of the test data are as they came."
+
+
 def train(method: str, seed: int, task: Task, recipe: RunArguments, arguments: RobustTrainingArguments) -> Run:
     """Train one model from the pretrained weights and test it on clean labels after each epoch."""
     names = task.data["train"].features[task.label_column].names
@@ -264,6 +287,9 @@ def train(method: str, seed: int, task: Task, recipe: RunArguments, arguments: R
         print(f"\n{method}, seed {seed}: {len(noisy)} training examples, {len(trainer.constraints)} layers constrained")
     started = time.perf_counter()
     trainer.train()
+    trainer.card_data.description = describe(recipe, task, method)
+    model_name = f"{Path(str(model.config._name_or_path)).name} on {task.data_name}, {method}, seed {seed}"
+    trainer.create_model_card(model_name=model_name, dataset=task.data_name)
     layers, _ = find_layers(model)
     history = trainer.state.log_history
     return Run(

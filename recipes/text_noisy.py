@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Value, load_dataset
-from noisy_runs import NoisyRunArguments, Task, classification_head, compare, load, parse
+from noisy_runs import NoisyRunArguments, Task, classification_head, compare, load, name_of_data, parse
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -34,6 +34,7 @@ from transformers import (
 CHECKOUT = Path(__file__).parent.parent
 MINILM = CHECKOUT / ".assets" / "models" / "minilm-l6"
 SUPERSENSES = CHECKOUT.parent / "shared" / "data" / "wordnet-supersense"
+SUPERSENSES_NAME = "WordNet supersenses"
 
 
 @dataclass
@@ -76,7 +77,9 @@ DEFAULTS: dict[str, Any] = {
 
 def main() -> None:
     recipe, arguments = parse(RecipeArguments, __doc__, output_dir="outputs/text_noisy", **DEFAULTS)
-    compare(text_task(recipe, load(recipe, supersenses), recipe.label_column), recipe, arguments)
+    data = load(recipe, supersenses)
+    task = text_task(recipe, data, recipe.label_column, name_of_data(recipe, SUPERSENSES_NAME))
+    compare(task, recipe, arguments)
 
 
 def supersenses() -> tuple[Dataset, Dataset]:
@@ -90,7 +93,7 @@ def supersenses() -> tuple[Dataset, Dataset]:
     return loaded["train"], loaded["test"]
 
 
-def text_task(recipe: TextArguments, data: DatasetDict, label_column: str) -> Task:
+def text_task(recipe: TextArguments, data: DatasetDict, label_column: str, name: str) -> Task:
     """The data as tokens, and the model."""
     if recipe.model_name_or_path == str(MINILM) and not MINILM.is_dir():
         raise FileNotFoundError(
@@ -120,7 +123,7 @@ def text_task(recipe: TextArguments, data: DatasetDict, label_column: str) -> Ta
     data = data.map(tokens, batched=True).rename_column(label_column, "labels")
     # Accuracy does not ask for an order, and texts of one length need no padding.
     data["test"] = data["test"].select(np.argsort([len(ids) for ids in data["test"]["input_ids"]]))
-    return Task(data, "labels", make_model, tokenizer, DataCollatorWithPadding(tokenizer))
+    return Task(data, name, "labels", make_model, tokenizer, DataCollatorWithPadding(tokenizer))
 
 
 def text_columns(recipe: TextArguments, data: Dataset, label_column: str) -> list[str]:

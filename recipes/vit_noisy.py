@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
-from noisy_runs import NoisyRunArguments, Task, classification_head, compare, load, parse
+from noisy_runs import NoisyRunArguments, Task, classification_head, compare, load, name_of_data, parse
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 # The one at the top of transformers asks for torchvision before 5.19.
@@ -74,7 +74,14 @@ def image_task(recipe: RecipeArguments) -> Task:
     def make_model(names: list[str]) -> PreTrainedModel:
         return AutoModelForImageClassification.from_pretrained(recipe.model_name_or_path, **classification_head(names))
 
-    return Task(data, recipe.label_column, make_model, processor, prepare=lambda part: part.with_transform(pixels))
+    return Task(
+        data,
+        name_of_data(recipe, "handwritten digits of scikit-learn", data_dir=recipe.data_dir),
+        recipe.label_column,
+        make_model,
+        processor,
+        prepare=lambda part: part.with_transform(pixels),
+    )
 
 
 def digits() -> tuple[Dataset, Dataset]:

@@ -15,14 +15,14 @@ depend on the text, not on the class alone. Methods, models and settings are tho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
-from noisy_runs import RunArguments, compare, load, parse
+from noisy_runs import RunArguments, compare, load, name_of_data, parse
 from supersense_rules import NAMES, vote
-from text_noisy import DEFAULTS, TextArguments, supersenses, text_columns, text_task
+from text_noisy import DEFAULTS, SUPERSENSES_NAME, TextArguments, supersenses, text_columns, text_task
 
 from hf_robust_ft import VoteSummary, majority_vote, vote_summary
 
@@ -50,7 +50,9 @@ def main() -> None:
         arguments.noise_transition = "estimate"
     data["train"] = relabel(data["train"].select(kept), weak[kept], recipe.label_column)
     found = {"coverage": len(kept) / len(weak), "accuracy": float((weak == clean)[kept].mean())}
-    compare(text_task(recipe, data, recipe.label_column), recipe, arguments, weak_labels=found)
+    task = text_task(recipe, data, recipe.label_column, name_of_data(recipe, SUPERSENSES_NAME))
+    about = f" Training labels are majority votes of {votes.shape[1]} keyword rules, right on {found['accuracy']:.1%}."
+    compare(replace(task, about_labels=about), recipe, arguments, weak_labels=found)
 
 
 def texts(recipe: RecipeArguments, data: Dataset) -> list[str]:

@@ -136,7 +136,14 @@ def test_any_text_stays_text_in_paragraphs_lists_and_cells(text: str) -> None:
 
 
 def test_ordinary_names_and_numbers_are_left_readable() -> None:
-    for text in ("vit.layers.0.fc1.weight", "eval_test_accuracy", "0.0388", "Ju, Li 2022 (arXiv 2206.02659)", "20.0 %"):
+    for text in (
+        "vit.layers.0.fc1.weight",
+        "eval_test_accuracy",
+        "0.0388",
+        "Ju, Li 2022 (arXiv 2206.02659)",
+        "20.0 %",
+        "it's",
+    ):
         assert escaped(text) == text
     assert escaped(None) == "not measured"
     assert len(html.unescape(escaped("|" * 500))) == LONGEST
@@ -397,7 +404,8 @@ def test_the_card_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         hessian_time_budget=0,
         hub_token="hf_abcdefghijklmnop",
     )
-    trainer.card_data.description = "For trying things out."
+    trainer.card_data.description = "For trying things out. " * 20
+    trainer.model.config._name_or_path = str(tmp_path / "base")
     trainer.card_data.other_bounds.append(bound("held-out", kind="certificate", terms={}, confidence=0.95))
     trainer.train()
     evaluated = trainer.evaluate()
@@ -408,7 +416,8 @@ def test_the_card_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert results["eval_loss (clean labels)"] == evaluated["eval_loss"]
     assert card.data.license == "mit"
     assert "symmetric noise of rate 0.2, as given" in text
-    assert "For trying things out." in text
+    assert ("For trying things out. " * 20).strip() in text
+    assert str(tmp_path) not in card.text.replace(str(Path.cwd()), "")
     assert "| bert.encoder.layer.1 | 6 | frobenius | 0.05 |" in card.text
     assert "certificate, 95 %" in card.text
     assert "python train.py" in text

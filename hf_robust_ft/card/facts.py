@@ -53,6 +53,7 @@ def listed(value: str | Iterable[str] | None) -> list[str]:
 def model_facts(model: nn.Module) -> dict[str, Any]:
     """What the model is, and what it was loaded from."""
     config = getattr(model, "config", None)
+    source = getattr(config, "_name_or_path", None) or None
     name = type(model).__name__
     tasks = []
     mappings: dict[str, Any] = TASK_MAPPING
@@ -65,7 +66,8 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
     labels: dict[Any, Any] = getattr(config, "id2label", None) or {}
     return {
         "model_class": name,
-        "base_model": getattr(config, "_name_or_path", None) or None,
+        # Where a folder lies on this machine is nobody's business.
+        "base_model": Path(source).name if source and Path(source).is_absolute() else source,
         "tasks": tasks[:1],
         "classes": [str(labels[key]) for key in sorted(labels)] if tasks and "classification" in tasks[0] else [],
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -12,7 +12,7 @@ LONGEST = 100
 
 # Character references can't start markup, so they are right in paragraphs, table cells and HTML alike.
 MARKUP = re.compile(
-    r"[&<>\"'`*\[\]|\\~$@#!^]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.|^[-+=]|^\d{1,9}[.)](?=\s|$)", re.I
+    r"[&<>\"`*\[\]|\\~$@#!^]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.|^[-+=]|^\d{1,9}[.)](?=\s|$)", re.I
 )
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .estimation import TransitionEstimate, estimate_transition
 from .estimation.inputs import check_class_labels, check_every_class
-from .estimation.verdict import FEW_EXAMPLES, LEVEL, NOTABLE_EFFECT, noise_level
+from .estimation.verdict import FEW_EXAMPLES, LEVEL, NOTABLE_EFFECT
 from .features import one_class_an_example
 from .frozen_features import backbone_of, frozen_features
 from .heat_map import save_heat_map
@@ -345,7 +345,7 @@ def diagnose(
 
 def _shape(estimate: TransitionEstimate) -> tuple[str, float]:
     """A key of ``SHAPES``, and the share of the wrong labels that it explains."""
-    if noise_level(estimate.noise_rate, estimate.noise_rate_interval, estimate.n, len(estimate.transition)) == "none":
+    if estimate.noise_level == "none":
         return "none", 1.0
     # Both p and effect: with enough examples, the misfit of a linear head is significant, too.
     enough = estimate.n >= TESTED_EXAMPLES_A_CLASS * len(estimate.transition)

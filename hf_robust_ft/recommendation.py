@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .estimation import TransitionEstimate
-from .estimation.verdict import noise_level
 
 
 class Recommendation(NamedTuple):
@@ -28,7 +27,7 @@ def recommend(estimate: TransitionEstimate, depends_on_example: bool, radius: An
         radius: the relative ``layer_radius`` for this model.
     """
     low, high = estimate.noise_rate_interval
-    level = noise_level(estimate.noise_rate, (low, high), estimate.n, len(estimate.transition))
+    level = estimate.noise_level
     constrained = {"layer_radius": radius, "radius_mode": "relative"}
     if level == "none":
         # A ball that holds a model back from wrong labels holds it back from right ones, too.

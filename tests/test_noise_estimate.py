@@ -62,6 +62,19 @@ def test_training_is_that_with_the_estimated_matrix(tmp_path: Path) -> None:
     assert trainer.args.noise_transition == "estimate"
 
 
+def test_labels_that_look_clean_are_trained_on_as_they_are(tmp_path: Path) -> None:
+    data = noisy(transition=np.eye(3))
+    trainer = estimating(tmp_path / "a", train_dataset=data)
+    trainer.train()
+    assert trainer.noise_estimate is not None and trainer.label_targets is not None
+    assert trainer.noise_estimate.noise_level == "none"
+    assert trainer.label_targets.posteriors.tolist() == torch.eye(3)[data["label"]].tolist()
+    plain = tiny.trainer(tmp_path / "b", train_dataset=data)
+    plain.train()
+    for name, weight in tiny.weights(plain.model).items():
+        assert torch.allclose(weight, tiny.weights(trainer.model)[name], atol=1e-5), name
+
+
 def test_it_is_estimated_once_and_from_the_weights_before_training(tmp_path: Path) -> None:
     trainer = estimating(tmp_path, eval_dataset=noisy(60, seed=1), eval_labels="noisy")
     before = tiny.weights(trainer.model)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..files import written_whole
 from ..noise import Matrix
+from .verdict import NoiseLevel, noise_level
 
 FORMAT = "hf_robust_ft.TransitionEstimate/1"
 
@@ -67,6 +68,11 @@ class TransitionEstimate:
     def identifiable(self) -> bool:
         """Whether T is regular throughout its interval, so that correction by it is meaningful."""
         return self.singular_value_interval[0] > 0
+
+    @property
+    def noise_level(self) -> NoiseLevel:
+        """Whether there is noise: ``"none"``, ``"perhaps"`` or ``"noise"``; clean labels don't look quite clean."""
+        return noise_level(self.noise_rate, self.noise_rate_interval, self.n, len(self.transition))
 
     def to_dict(self) -> dict[str, Any]:
         """What :meth:`save` writes: nothing but what JSON holds."""

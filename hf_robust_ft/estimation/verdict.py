@@ -27,9 +27,10 @@ LEVEL = 0.05
 NOTABLE_EFFECT = 0.1
 
 
-def noise_level(
-    noise_rate: float, rate_interval: tuple[float, float], examples: int, num_classes: int
-) -> Literal["none", "perhaps", "noise"]:
+NoiseLevel = Literal["none", "perhaps", "noise"]
+
+
+def noise_level(noise_rate: float, rate_interval: tuple[float, float], examples: int, num_classes: int) -> NoiseLevel:
     """Whether there is noise, given that clean labels don't look quite clean."""
     least = max(LITTLE_NOISE, LITTLE_NOISE_OF_ONE / math.sqrt(examples / num_classes))
     if noise_rate < least:

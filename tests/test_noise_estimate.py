@@ -66,7 +66,8 @@ def test_labels_that_look_clean_are_trained_on_as_they_are(tmp_path: Path) -> No
     data = noisy(transition=np.eye(3))
     trainer = estimating(tmp_path / "a", train_dataset=data)
     trainer.train()
-    assert trainer.noise_estimate is not None and trainer.label_targets is not None
+    assert trainer.noise_estimate is not None
+    assert trainer.label_targets is not None
     assert trainer.noise_estimate.noise_level == "none"
     assert trainer.label_targets.posteriors.tolist() == torch.eye(3)[data["label"]].tolist()
     plain = tiny.trainer(tmp_path / "b", train_dataset=data)

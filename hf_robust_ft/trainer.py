@@ -71,6 +71,7 @@ from .noisy_evaluation import (
     noisy_datasets,
 )
 from .penalized_step import penalized_step
+from .pushing_trainer import PushingTrainer
 from .radius_search import CANDIDATES, RadiusChoice, Scores, example_scores, search_radius, validation_set
 from .radius_search import FILE as CHOICE_FILE
 from .reference import ReferenceMismatch, load_reference, reference_digest, save_reference
@@ -79,7 +80,7 @@ from .snapshot import snapshot
 logger = logging.getLogger(__name__)
 
 
-class HessianRegularizedTrainer(Trainer):
+class HessianRegularizedTrainer(PushingTrainer):
     """``transformers.Trainer`` for few or badly labelled examples: same signature, same methods.
 
     With :class:`~hf_robust_ft.RobustTrainingArguments` it corrects the loss by the noise transition
@@ -816,6 +817,8 @@ class HessianRegularizedTrainer(Trainer):
             measured_now = self._measured is not None and self._measured[1] == self.state.global_step
             if not measured_now or self.args.load_best_model_at_end:
                 self._try_to_measure()
+        if self.args.push_to_hub and trial is None:
+            self._push_trained()
         return output
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:

@@ -19,8 +19,8 @@ from transformers.modelcard import TASK_MAPPING
 from transformers.trainer_callback import TrainerState
 
 from ..noise import invert_transition, load_transition
+from ..redaction import redacted
 from .data import CardData, plain
-from .sections import redacted
 
 PACKAGES = ("hf-robust-ft", "transformers", "torch", "datasets", "accelerate", "tokenizers", "numpy")
 # Where and how a run was watched says nothing of the model, and some of it is secret.

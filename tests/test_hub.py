@@ -361,6 +361,16 @@ def test_offline(model: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None
         push_folder(model, ID)
 
 
+def test_the_storage_of_the_hub_fails(model: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    hub.fail("GET", "xet-write-token", 403)
+    with pytest.raises(PushFailed, match=r"was not pushed to: .*403 Forbidden.*Nothing is lost") as error:
+        push_folder(model, ID)
+    assert TOKEN not in str(error.value)
+    assert hub.repos[ID].commits == []
+
+
 def test_a_card_with_a_damaged_head(model: Path, hub: Hub) -> None:
     (model / "README.md").write_text("---\nlicense: [\n---\n")
     with pytest.raises(PushFailed, match=r"Invalid metadata in README\.md.*the head is no YAML"):

@@ -33,6 +33,7 @@ from .estimation import (
 from .fold_probabilities import out_of_fold_probabilities
 from .frozen_features import frozen_features
 from .gibbs import NoNoiseRule, Posterior, fit_posterior, pac_bayes_certificate, pac_bayes_head
+from .hub import PushFailed, push_folder
 from .label_posteriors import label_posteriors
 from .layers import Layer, NotALayer, find_layers
 from .losses import (
@@ -82,6 +83,7 @@ __all__ = [
     "NoNoiseRule",
     "NotALayer",
     "Posterior",
+    "PushFailed",
     "QuadraticForms",
     "RadiusCandidate",
     "RadiusChoice",
@@ -126,6 +128,7 @@ __all__ = [
     "pac_bayes_head",
     "pair_flip_transition",
     "posterior_cross_entropy",
+    "push_folder",
     "rank_suspects",
     "read_card",
     "render_card",

@@ -498,6 +498,7 @@ def test_secrets_stay_out_of_the_command() -> None:
     text = " ".join(command(words))
     assert not any(secret in text for secret in ("abc", "xyz", "ABCDEF", "pw"))
     assert text == "python a/b.py --hub_token=*** --push_to_hub_token *** --x *** http://***@host/"
+    assert command(["a.py", "looks-like-nothing"], ["looks-like-nothing"]) == ["python", "a.py", "***"]
     assert command(["-c"]) == []
 
 

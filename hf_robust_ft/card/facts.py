@@ -6,21 +6,22 @@ import dataclasses
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import get_token
 from torch import nn
 from transformers import TrainingArguments
 from transformers.modelcard import TASK_MAPPING
 from transformers.trainer_callback import TrainerState
 
 from ..noise import invert_transition, load_transition
+from ..redaction import redacted
 from .data import CardData, plain
-from .sections import redacted
 
 PACKAGES = ("hf-robust-ft", "transformers", "torch", "datasets", "accelerate", "tokenizers", "numpy")
 # Where and how a run was watched says nothing of the model, and some of it is secret.
@@ -130,19 +131,20 @@ def noise_facts(transition: Any, classes: int | None, source: str) -> dict[str, 
 
 
 def run_facts(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-    """Settings, seeds, versions, machine and time. Tokens are left out."""
+    """Settings, seeds, versions, machine and time. Tokens are left out, those of no known shape, too."""
+    tokens = [token for token in (args.hub_token, get_token()) if token]
     seconds = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
     return {
-        "arguments": _arguments(args),
+        "arguments": _arguments(args, tokens),
         "seeds": {"training": args.seed, **({} if args.data_seed is None else {"data": args.data_seed})},
-        "command": command(sys.argv),
+        "command": command(sys.argv, tokens),
         "versions": {"python": platform.python_version(), **dict(_versions())},
         "hardware": hardware(),
         "train_seconds": seconds[-1] if seconds else None,
     }
 
 
-def _arguments(args: TrainingArguments) -> dict[str, Any]:
+def _arguments(args: TrainingArguments, tokens: Sequence[str]) -> dict[str, Any]:
     found = {}
     for each in dataclasses.fields(args):
         value = getattr(args, each.name, None)
@@ -152,11 +154,11 @@ def _arguments(args: TrainingArguments) -> dict[str, Any]:
         value = plain(value)
         if each.name == "noise_transition" and isinstance(value, list):
             value = "a matrix, see above"
-        found[each.name] = redacted(value) if isinstance(value, str) else value
+        found[each.name] = redacted(value, *tokens) if isinstance(value, str) else value
     return found
 
 
-def command(words: list[str]) -> list[str]:
+def command(words: list[str], tokens: Sequence[str] = ()) -> list[str]:
     """What was run, without tokens; nothing where it was no script."""
     if not words or not words[0].endswith(".py"):
         return []
@@ -168,7 +170,7 @@ def command(words: list[str]) -> list[str]:
         secret = name.startswith("-") and any(
             part in name.lower() for part in ("token", "password", "secret", "api_key")
         )
-        found.append("***" if hide else f"{name}=***" if secret and equals else redacted(word))
+        found.append("***" if hide else f"{name}=***" if secret and equals else redacted(word, *tokens))
         hide = secret and not equals
     return found
 

@@ -1,4 +1,4 @@
-"""The Trainer, one class a concern, each upon the last: labels, loss, constraints, radius, curvature, card."""
+"""The Trainer, one class a concern, each upon the last: labels, loss, constraints, radius, curvature, card, Hub."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from ..checkpoint import last_complete_checkpoint
-from .card import CardTrainer
+from .hub import PushingTrainer
 
 
-class HessianRegularizedTrainer(CardTrainer):
+class HessianRegularizedTrainer(PushingTrainer):
     """``transformers.Trainer`` for few or badly labelled examples: same signature, same methods.
 
     With :class:`~hf_robust_ft.RobustTrainingArguments` it corrects the loss by the noise transition
@@ -88,4 +88,6 @@ class HessianRegularizedTrainer(CardTrainer):
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if trial is None:
             self._measure_at_the_end()
+            if self.args.push_to_hub:
+                self._push_trained()
         return output

@@ -40,8 +40,8 @@ def check_estimable(model: nn.Module, dataset: Any, label_names: list[str], aske
         asked: the setting that needs it, for the message.
 
     Raises:
-        ValueError: no training set, one without a length or places, or with fewer examples than processes; several label
-            columns; a model without a backbone, or one that does not predict one class an example.
+        ValueError: no training set, one without a length or places, or with fewer examples than processes; several
+            label columns; a model without a backbone, or one that does not predict one class an example.
     """
     problem = None
     if dataset is None:
@@ -147,7 +147,7 @@ def _study(
     rows = np.full((len(labels), len(matrix)), IGNORE_INDEX, dtype=np.float32)
     rows[kept] = label_posteriors(features[kept], labels[kept], matrix, seed=args.seed)
     back = np.argsort(chosen)
-    targets = LabelTargets(torch.from_numpy(rows[back]), torch.from_numpy(labels[back].astype(np.int64)))
+    targets = LabelTargets(torch.from_numpy(rows[back]), torch.from_numpy(labels[back]), torch.from_numpy(matrix))
     targets.save(folder)
     return LabelStudy(estimate, targets)
 
@@ -189,8 +189,8 @@ def _features_and_labels(
         part = frozen_features(model, batches(), total=len(loader)).numpy(), torch.cat(found).numpy()
         if not len(part[0]) == len(part[1]) == len(own):
             raise ValueError(
-                f"{asked}: the collator made {len(part[0])} inputs and {len(part[1])} labels of {len(own)} examples; it "
-                "must keep every example, and make one row of it"
+                f"{asked}: the collator made {len(part[0])} inputs and {len(part[1])} labels of {len(own)} examples; "
+                "it must keep every example, and make one row of it"
             )
     except Exception as error:  # noqa: BLE001 - any at all: the other processes wait
         failure = error

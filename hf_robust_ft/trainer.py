@@ -59,7 +59,7 @@ from .hessian_measurement import (
 )
 from .hessian_measurement import FILE as REPORT_FILE
 from .label_targets import FILE as TARGETS_FILE
-from .label_targets import LabelTargets, Numbered, TargetCollator
+from .label_targets import LabelTargets, Numbered, TargetCollator, check_posteriors
 from .noise import load_transition
 from .noise_estimate import FILE as ESTIMATE_FILE
 from .noise_estimate import check_estimable, saved_estimate, study_labels
@@ -151,6 +151,7 @@ class HessianRegularizedTrainer(Trainer):
         """With ``layer_radius="auto"``: the radius and the scores of all candidates, once training has begun."""
         self.noise_estimate: TransitionEstimate | None = None
         """With ``noise_transition="estimate"``: T and its uncertainty, once training or evaluation has begun."""
+        self._estimate_was_read = False
         self.label_targets: LabelTargets | None = None
         """With ``loss_correction="posterior"``: what is trained on, once training has begun."""
         self._start: dict[str, Tensor] | None = None
@@ -221,6 +222,8 @@ class HessianRegularizedTrainer(Trainer):
     def _study_labels(self, *, posteriors: bool) -> None:
         """Once: T, and the posteriors of the training labels, from the features that the model has before training."""
         estimate = self._estimates_noise and self.noise_estimate is None
+        if posteriors and not estimate and self.label_targets is not None:
+            self._check_targets(self.label_targets)
         posteriors = posteriors and self.label_targets is None
         if not estimate and not posteriors:
             return
@@ -238,6 +241,17 @@ class HessianRegularizedTrainer(Trainer):
         )
         self.noise_estimate = found.estimate or self.noise_estimate
         self.label_targets = found.targets or self.label_targets
+
+    def _check_targets(self, targets: LabelTargets) -> None:
+        """Posteriors of another T don't serve; a model that training has moved gives no others."""
+        if targets.are_of(self._transition):
+            return
+        if self.model_init is None:
+            raise ValueError(
+                "loss_correction='posterior' was computed with another noise_transition than that of now; give the one "
+                "of before, or make a new Trainer with the pretrained model"
+            )
+        self.label_targets = None
 
     def _without_unused_columns(self, purpose: str, dataset: Any = None) -> tuple[Any, Any]:
         """The training set or another and a collator, of which one leaves out what the model does not take."""
@@ -468,6 +482,8 @@ class HessianRegularizedTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """As ``Trainer.training_step``, with the penalties: see :func:`~hf_robust_ft.penalized_step.penalized_step`."""
+        if self._uses_posteriors:
+            check_posteriors(inputs.get(self.label_names[0]))
         step = functools.partial(super().training_step, model, inputs, num_items_in_batch)
         return penalized_step(self, model, self.constraints, step)
 
@@ -553,7 +569,10 @@ class HessianRegularizedTrainer(Trainer):
         """
         if self._estimates_noise and self.noise_estimate is None:
             self._read_study(Path(str(self.args.output_dir)), posteriors=False)
-            if self.noise_estimate is None:
+            if self.noise_estimate is not None:
+                self._estimate_was_read = True
+                logger.warning("T is read from %s in output_dir: remove it if it is of other data", ESTIMATE_FILE)
+            else:
                 logger.warning(
                     "T is estimated from the features of the model as it is now: if it was trained on these labels, "
                     "they look clean to it. Give noise_transition the path of the estimate made before training"
@@ -798,6 +817,9 @@ class HessianRegularizedTrainer(Trainer):
                     f"No valid checkpoint found in output directory ({self.args.output_dir}): there is none, or each "
                     "was cut off while being written. Start anew with resume_from_checkpoint=None"
                 )
+        if self._estimate_was_read:
+            # An evaluation took it from the output folder, where a run on other data may have left it.
+            self.noise_estimate, self._estimate_was_read = None, False
         if resume_from_checkpoint:
             # The model may be that of a checkpoint: then its features are no longer those that these came from.
             self._read_study(Path(resume_from_checkpoint).absolute().parent, posteriors=self._uses_posteriors)

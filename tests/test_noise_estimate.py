@@ -121,6 +121,23 @@ def test_an_evaluation_after_training_reads_the_estimate_of_before(tmp_path: Pat
     assert (tmp_path / FILE).read_text() == written
 
 
+def test_a_training_does_not_take_the_estimate_that_an_earlier_run_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be of other data; an evaluation, which has nothing better, says that it does."""
+    estimating(tmp_path / "a").train()
+    other = noisy(transition=np.array([[0.6, 0.4, 0], [0.05, 0.95, 0], [0, 0, 1]]), seed=3)
+    later = estimating(tmp_path / "a", train_dataset=other, eval_dataset=noisy(30, seed=1), loss_correction="forward")
+    later.evaluate()
+    assert "T is read from transition_estimate.json in output_dir: remove it if it is of other data" in caplog.text
+    later.train()
+    alone = estimating(tmp_path / "b", train_dataset=other, loss_correction="forward")
+    alone.train()
+    assert later.noise_estimate is not None
+    assert alone.noise_estimate is not None
+    np.testing.assert_array_equal(later.noise_estimate.transition, alone.noise_estimate.transition)
+
+
 def test_an_evaluation_that_has_to_estimate_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     estimating(tmp_path, eval_dataset=noisy(30, seed=1)).evaluate()
     assert "if it was trained on these labels, they look clean to it" in caplog.text

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .files import written_whole
+from .noise import ROW_SUM_TOLERANCE, load_transition
 
 # The Trainer does not upload names that start with an underscore: these are the user's labels.
 FILE = "_label_posteriors.safetensors"
@@ -26,6 +28,13 @@ class LabelTargets(NamedTuple):
     """[n, K], float32: ``P(true class | features, label)``. Rows of -100 for labels that are -100."""
     labels: Tensor
     """[n], int64: the labels that they are of."""
+    transition: Tensor
+    """[K, K], float64: T that they were computed with."""
+
+    def are_of(self, transition: Any) -> bool:
+        """Whether they were computed with this T, which may be whatever ``noise_transition`` may."""
+        given = load_transition(transition, len(self.transition))
+        return np.allclose(given, self.transition.numpy(), rtol=0, atol=ROW_SUM_TOLERANCE)
 
     def save(self, folder: str | Path) -> None:
         """Write ``_label_posteriors.safetensors``; a reader never sees half of it."""
@@ -46,6 +55,19 @@ class LabelTargets(NamedTuple):
             raise ValueError(
                 f"{path} can't be read ({error}): restore it, or remove it, so that it is computed again"
             ) from error
+
+
+def check_posteriors(labels: Any) -> None:
+    """Refuse to train on labels where posteriors should be.
+
+    Raises:
+        ValueError: the labels of a batch are no posteriors.
+    """
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        raise ValueError(
+            f"loss_correction='posterior' trains on posteriors, but a batch has labels of {labels.dtype}: is "
+            "get_train_dataloader overridden? Let it change what its super() returns, or set loss_correction='forward'"
+        )
 
 
 class Numbered(Dataset[tuple[int, Any]]):

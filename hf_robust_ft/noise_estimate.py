@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainingArguments
 
 from .arguments import ESTIMATE
@@ -40,12 +40,20 @@ def check_estimable(model: nn.Module, dataset: Any, label_names: list[str], aske
         asked: the setting that needs it, for the message.
 
     Raises:
-        ValueError: no training set, one without a length or with fewer examples than processes; several label
-            columns; a model without a backbone, or one that does not predict one class an example.
+        ValueError: no training set, one without a length or places, or with fewer examples than processes; several
+            label columns; a model without a backbone, or one that does not predict one class an example.
     """
-    if dataset is None or not hasattr(dataset, "__len__"):
-        what = "train_dataset is None" if dataset is None else f"{type(dataset).__name__} has no length"
-        raise ValueError(f"{asked} needs a train_dataset with a length, but {what}; give T itself, or such a data set")
+    problem = None
+    if dataset is None:
+        problem = "train_dataset is None"
+    elif not hasattr(dataset, "__len__"):
+        problem = f"{type(dataset).__name__} has no length"
+    elif isinstance(dataset, IterableDataset):
+        problem = f"{type(dataset).__name__} is an IterableDataset, which gives no example by its place"
+    if problem is not None:
+        raise ValueError(
+            f"{asked} needs a train_dataset with a length, but {problem}; give T itself, or such a data set"
+        )
     if len(dataset) < world_size:
         raise ValueError(f"{asked} has {len(dataset)} examples for {world_size} processes; give more examples")
     one_class_an_example(model, label_names, asked)
@@ -94,7 +102,7 @@ def study_labels(
     if features is not None:
         try:
             message = [_study(features, labels, chosen, num_classes, args, transition, posteriors)]
-        except (ValueError, OSError, ArithmeticError, MemoryError) as error:  # the other processes wait
+        except Exception as error:  # noqa: BLE001 - any at all: the other processes wait
             message = [error]
     found = broadcast_object_list(message)[0]
     if isinstance(found, ValueError):
@@ -121,6 +129,12 @@ def _study(
 ) -> LabelStudy:
     folder = Path(str(args.output_dir))
     kept = labels != IGNORE_INDEX
+    odd = chosen[kept & ~np.isfinite(features).all(axis=1)]
+    if odd.size:
+        raise ValueError(
+            f"the features of train_dataset[{odd.min()}] are not finite (of {odd.size} examples in all): did the model "
+            "overflow in half precision, or is the example empty?"
+        )
     estimate = None
     if transition is None:
         first = np.flatnonzero(kept[:MOST_EXAMPLES])
@@ -138,7 +152,7 @@ def _study(
     else:
         rows[kept] = label_posteriors(features[kept], labels[kept], matrix, seed=args.seed)
     back = np.argsort(chosen)
-    targets = LabelTargets(torch.from_numpy(rows[back]), torch.from_numpy(labels[back].astype(np.int64)))
+    targets = LabelTargets(torch.from_numpy(rows[back]), torch.from_numpy(labels[back]), torch.from_numpy(matrix))
     targets.save(folder)
     return LabelStudy(estimate, targets)
 
@@ -169,7 +183,7 @@ def _features_and_labels(
                     f"{asked} needs '{label_name}', but the batch has {', '.join(batch)}; name the column of the "
                     "labels with label_names"
                 )
-            found.append(batch[label_name])
+            found.append(_class_indices(batch[label_name], label_name, asked))
             yield batch
 
     # Loaders and random transforms draw numbers, and training shall go on as with a T that was given.
@@ -177,7 +191,12 @@ def _features_and_labels(
     failure: Exception | None = None
     part: Any = None
     try:
-        part = frozen_features(model, batches(), total=len(loader)).numpy(), torch.cat(found).cpu().numpy()
+        part = frozen_features(model, batches(), total=len(loader)).numpy(), torch.cat(found).numpy()
+        if not len(part[0]) == len(part[1]) == len(own):
+            raise ValueError(
+                f"{asked}: the collator made {len(part[0])} inputs and {len(part[1])} labels of {len(own)} examples; "
+                "it must keep every example, and make one row of it"
+            )
     except Exception as error:  # noqa: BLE001 - any at all: the other processes wait
         failure = error
     finally:
@@ -194,6 +213,17 @@ def _features_and_labels(
     order = np.argsort(np.concatenate([np.arange(rank, len(chosen), len(parts)) for rank in range(len(parts))]))
     x, y = (np.concatenate(arrays)[order] for arrays in zip(*parts, strict=True))
     return x, y
+
+
+def _class_indices(labels: Any, name: str, asked: str) -> torch.Tensor:
+    """The labels of a batch, int64 [B]."""
+    if not isinstance(labels, torch.Tensor) or labels.dim() != 1 or labels.is_floating_point():
+        what = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise ValueError(
+            f"{asked} is for one class an example, but a batch has {what} as '{name}'; give integers [B] (soft and "
+            "multi-label targets have no T)"
+        )
+    return labels.cpu().long()
 
 
 def check_identifiable(estimate: TransitionEstimate) -> None:

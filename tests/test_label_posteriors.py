@@ -241,6 +241,45 @@ def test_other_data_than_they_were_computed_for_is_refused(tmp_path: Path) -> No
         trainer.train()
 
 
+def test_posteriors_of_another_matrix_are_refused(tmp_path: Path) -> None:
+    trainer = on_posteriors(tmp_path, noise_transition=0.1, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.args.noise_transition = symmetric_transition(3, 0.1).tolist()  # the same
+    trainer.train()
+    trainer.args.noise_transition = 0.4
+    with pytest.raises(ValueError, match=r"computed with another noise_transition than that of now; .*a new Trainer"):
+        trainer.train()
+    later = on_posteriors(tmp_path, noise_transition=0.4)
+    with pytest.raises(ValueError, match="computed with another noise_transition"):
+        later.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_each_trial_of_a_search_has_posteriors_of_its_own_matrix(tmp_path: Path) -> None:
+    def init() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return tiny.bert()
+
+    trainer = on_posteriors(tmp_path / "a", noise_transition=0.1, model_init=init)
+    trainer.train()
+    trainer.args.noise_transition = 0.4
+    trainer.train()
+    alone = on_posteriors(tmp_path / "b", noise_transition=0.4, model_init=init)
+    alone.train()
+    tiny.assert_equal_weights(found_by(trainer)._asdict(), found_by(alone)._asdict())
+    tiny.assert_equal_weights(tiny.weights(trainer.model), tiny.weights(alone.model))
+
+
+def test_a_loader_that_gives_labels_is_refused(tmp_path: Path) -> None:
+    class Own(HessianRegularizedTrainer):
+        def get_train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(self.train_dataset, batch_size=8, collate_fn=self.data_collator)
+
+    args = tiny.arguments(tmp_path, noise_transition=T, loss_correction="posterior")
+    trainer = Own(tiny.bert(), args, train_dataset=noisy())
+    with pytest.raises(ValueError, match=r"a batch has labels of torch\.int64: is get_train_dataloader overridden"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -263,7 +302,7 @@ def test_they_are_not_uploaded() -> None:
 
 def test_a_collator_keeps_what_else_is_in_a_batch() -> None:
     data = Dataset.from_dict({"x": [1, 2, 3], "label": [0, 1, 2]})
-    targets = LabelTargets(torch.eye(3), torch.arange(3))
+    targets = LabelTargets(torch.eye(3), torch.arange(3), torch.eye(3))
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {"x": torch.tensor([r["x"] for r in rows]), "labels": torch.tensor([r["label"] for r in rows])}

@@ -135,6 +135,23 @@ def test_an_evaluation_after_training_reads_the_estimate_of_before(tmp_path: Pat
     assert (tmp_path / FILE).read_text() == written
 
 
+def test_a_training_does_not_take_the_estimate_that_an_earlier_run_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be of other data; an evaluation, which has nothing better, says that it does."""
+    estimating(tmp_path / "a").train()
+    other = noisy(transition=np.array([[0.6, 0.4, 0], [0.05, 0.95, 0], [0, 0, 1]]), seed=3)
+    later = estimating(tmp_path / "a", train_dataset=other, eval_dataset=noisy(30, seed=1), loss_correction="forward")
+    later.evaluate()
+    assert "T is read from transition_estimate.json in output_dir: remove it if it is of other data" in caplog.text
+    later.train()
+    alone = estimating(tmp_path / "b", train_dataset=other, loss_correction="forward")
+    alone.train()
+    assert later.noise_estimate is not None
+    assert alone.noise_estimate is not None
+    np.testing.assert_array_equal(later.noise_estimate.transition, alone.noise_estimate.transition)
+
+
 def test_an_evaluation_that_has_to_estimate_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     estimating(tmp_path, eval_dataset=noisy(30, seed=1)).evaluate()
     assert "if it was trained on these labels, they look clean to it" in caplog.text
@@ -213,11 +230,17 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
         return iter(noisy(8))
 
 
+class CountedStream(Stream):
+    def __len__(self) -> int:
+        return 8
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"train_dataset": None}, "needs a train_dataset with a length, but train_dataset is None"),
         ({"train_dataset": Stream()}, "needs a train_dataset with a length, but Stream has no length"),
+        ({"train_dataset": CountedStream()}, "but CountedStream is an IterableDataset, which gives no example by its"),
         ({"model": tiny.token_classifier()}, "noise_transition='estimate' is for one class an example.*ForToken"),
         ({"model": tiny.Mlp(), "train_dataset": tiny.vectors()}, "Mlp has no backbone"),
         ({"model": tiny.bert(problem_type="regression", num_labels=1)}, "problem_type is 'regression'"),
@@ -254,6 +277,71 @@ def test_a_batch_without_the_labels_is_named(tmp_path: Path) -> None:
     trainer = estimating(tmp_path)
     trainer.data_collator = collate
     with pytest.raises(ValueError, match="needs 'labels', but the batch has input_ids, target; name the column"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("correction", ["forward", "posterior"])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.eye(3).tolist(), r"a batch has torch\.float32 \[8, 3\] as 'labels'; give integers \[B\]"),
+        ([[0], [1], [2]], r"a batch has torch\.int64 \[8, 1\] as 'labels'"),
+        ([0.0, 1.0, 2.0], r"a batch has torch\.float32 \[8\] as 'labels'"),
+    ],
+)
+def test_targets_that_are_no_class_indices_are_named(
+    tmp_path: Path, labels: list[Any], message: str, correction: str
+) -> None:
+    rows = [{"input_ids": row["input_ids"], "labels": labels[row["label"]]} for row in noisy(30)]
+    with pytest.raises(ValueError, match=message):
+        estimating(tmp_path, train_dataset=rows, loss_correction=correction).train()
+
+
+def collated(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": torch.tensor([r["input_ids"] for r in rows]),
+        "labels": torch.tensor([r["label"] for r in rows]),
+    }
+
+
+@pytest.mark.parametrize("copies", [0, 2])
+def test_a_collator_that_drops_or_repeats_examples_is_named(tmp_path: Path, copies: int) -> None:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return collated(rows[:5] + rows[5:] * copies)
+
+    trainer = estimating(tmp_path, remove_unused_columns=False)
+    trainer.data_collator = collate
+    with pytest.raises(
+        ValueError, match=r"collator made \d+ inputs and \d+ labels of 300 examples; it must keep every"
+    ):
+        trainer.train()
+
+
+def test_boolean_labels_are_two_classes(tmp_path: Path) -> None:
+    data = noisy(60)
+    trainer = estimating(tmp_path, model=tiny.bert(num_labels=2), train_dataset=data, remove_unused_columns=False)
+    trainer.data_collator = lambda rows: {**collated(rows), "labels": torch.tensor([r["label"] > 0 for r in rows])}
+    trainer.train()
+    assert trainer.label_targets is not None
+    assert trainer.label_targets.labels.tolist() == [int(label > 0) for label in data["label"]]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_an_example_whose_features_are_not_finite_is_named_by_its_place(tmp_path: Path, labelled: bool) -> None:
+    data = noisy()
+    rows = [{"input_ids": row["input_ids"], "labels": row["label"]} for row in data]
+    rows[123] = {"input_ids": [49] * 7, "labels": 0 if labelled else -100}
+    model = tiny.bert()
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[49] = float("nan")
+    trainer = estimating(
+        tmp_path, model=model, train_dataset=[r for r in rows if r is rows[123] or 49 not in r["input_ids"]]
+    )
+    place = next(i for i, row in enumerate(trainer.train_dataset) if 49 in row["input_ids"])
+    if not labelled:
+        trainer.train()
+        return
+    with pytest.raises(ValueError, match=rf"the features of train_dataset\[{place}\] are not finite \(of 1 examples"):
         trainer.train()
 
 

@@ -52,7 +52,7 @@ def _results(out: Path, name: str, processes: int) -> list[Any]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
     _run(out, 1, "gradients", "penalties", "evaluation", "base", "estimate", "radius")
-    _run(out, 2, "gradients", "penalties", "evaluation", "head", "estimate", "radius")
+    _run(out, 2, "gradients", "penalties", "evaluation", "head", "estimate", "failures", "radius")
     return out
 
 
@@ -142,6 +142,16 @@ def test_two_processes_estimate_what_one_does(runs: Path) -> None:
         assert row == pytest.approx(expected, abs=1e-4)
     assert [alone["transition"][i][i] for i in range(3)] == pytest.approx([0.8] * 3, abs=0.2)
     assert (runs / "estimate-2" / "transition_estimate.json").is_file()
+
+
+def test_when_one_process_fails_the_other_does_not_wait(runs: Path) -> None:
+    first, second = _results(runs, "failures", 2)
+    assert first["read"] == "RuntimeError: process 1 could not compute the features of its examples: KeyError: " + (
+        "'no such file'"
+    )
+    assert second["read"] == "KeyError: 'no such file'"
+    assert "_label_posteriors.safetensors.tmp" in first["write"]
+    assert second["write"] == first["write"]
 
 
 def test_two_processes_choose_the_radius_that_one_does(runs: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -15,7 +15,7 @@ from ..corrected_loss import loss_type
 from ..estimation import TransitionEstimate
 from ..features import correction_of, num_classes, setting
 from ..label_targets import FILE as TARGETS_FILE
-from ..label_targets import LabelTargets, Numbered, TargetCollator
+from ..label_targets import LabelTargets, Numbered, TargetCollator, check_posteriors
 from ..noise_estimate import FILE as ESTIMATE_FILE
 from ..noise_estimate import check_estimable, study_labels
 
@@ -27,6 +27,7 @@ class LabelTrainer(Trainer):
         self._own_label_names = self.label_names
         self.noise_estimate: TransitionEstimate | None = None
         """With ``noise_transition="estimate"``: T and its uncertainty, once training or evaluation has begun."""
+        self._estimate_was_read = False
         self.label_targets: LabelTargets | None = None
         """With ``loss_correction="posterior"``: what is trained on, once training has begun."""
 
@@ -43,6 +44,9 @@ class LabelTrainer(Trainer):
         return "FSDP" if self.is_fsdp_enabled or self.args.fsdp else None
 
     def _before_training(self, resumed: str | None, trial: Any) -> None:
+        if self._estimate_was_read:
+            # An evaluation took it from the output folder, where a run on other data may have left it.
+            self.noise_estimate, self._estimate_was_read = None, False
         if resumed is not None:
             # The model may be that of a checkpoint: then its features are no longer those that these came from.
             self._read_study(Path(resumed).absolute().parent, posteriors=self._uses_posteriors)
@@ -75,6 +79,8 @@ class LabelTrainer(Trainer):
     def _study_labels(self, *, posteriors: bool) -> None:
         """Once: T, and the posteriors of the training labels, from the features that the model has before training."""
         estimate = self._estimates_noise and self.noise_estimate is None
+        if posteriors and not estimate and self.label_targets is not None:
+            self._check_targets(self.label_targets)
         posteriors = posteriors and self.label_targets is None
         if not estimate and not posteriors:
             return
@@ -92,6 +98,17 @@ class LabelTrainer(Trainer):
         )
         self.noise_estimate = found.estimate or self.noise_estimate
         self.label_targets = found.targets or self.label_targets
+
+    def _check_targets(self, targets: LabelTargets) -> None:
+        """Posteriors of another T don't serve; a model that training has moved gives no others."""
+        if targets.are_of(self._transition):
+            return
+        if self.model_init is None:
+            raise ValueError(
+                "loss_correction='posterior' was computed with another noise_transition than that of now; give the one "
+                "of before, or make a new Trainer with the pretrained model"
+            )
+        self.label_targets = None
 
     def _without_unused_columns(self, purpose: str, dataset: Any = None) -> tuple[Any, Any]:
         """The training set or another and a collator, of which one leaves out what the model does not take."""
@@ -131,6 +148,14 @@ class LabelTrainer(Trainer):
             return super().get_train_dataloader()
         finally:
             self.train_dataset, self.data_collator = dataset, collate
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As ``Trainer.training_step``; refuses labels where posteriors should be."""
+        if self._uses_posteriors:
+            check_posteriors(inputs.get(self.label_names[0]))
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         # It looks into examples for their length.

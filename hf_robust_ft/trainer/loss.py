@@ -17,6 +17,7 @@ from ..corrected_loss import CorrectedLoss, with_loss_first
 from ..data import check_dataset_labels
 from ..features import make_corrected_loss, requires_argument, setting
 from ..noise import load_transition
+from ..noise_estimate import FILE as ESTIMATE_FILE
 from ..noise_estimate import saved_estimate
 from ..noisy_evaluation import (
     clean_accuracy_metrics,
@@ -168,7 +169,10 @@ class CorrectedTrainer(LabelTrainer):
         """
         if self._estimates_noise and self.noise_estimate is None:
             self._read_study(Path(str(self.args.output_dir)), posteriors=False)
-            if self.noise_estimate is None:
+            if self.noise_estimate is not None:
+                self._estimate_was_read = True
+                logger.warning("T is read from %s in output_dir: remove it if it is of other data", ESTIMATE_FILE)
+            else:
                 logger.warning(
                     "T is estimated from the features of the model as it is now: if it was trained on these labels, "
                     "they look clean to it. Give noise_transition the path of the estimate made before training"

@@ -254,6 +254,30 @@ def estimate(out: Path) -> dict[str, Any]:
     return {"transition": found.transition.tolist(), "n": found.n, "weights": flat(trainer.model)}
 
 
+class Broken(list[Example]):
+    """One example of it, that the second of two processes reads, can't be read."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if index == 7 and RANK == PROCESSES - 1:
+            raise KeyError("no such file")
+        return super().__getitem__(index)
+
+
+def failures(out: Path) -> dict[str, str]:
+    """What each process says when one of them fails in the study of the labels."""
+    folder = out / "failures"
+    # Nothing can be written under this name.
+    (folder / "_label_posteriors.safetensors.tmp").mkdir(parents=True, exist_ok=True)
+    said = {}
+    for name, data in {"read": Broken(examples("sequence", 8)), "write": examples("sequence", 30)}.items():
+        settings = arguments(folder, noise_transition=NOISE, loss_correction="posterior", max_steps=1)
+        try:
+            HessianRegularizedTrainer(build("sequence"), settings, train_dataset=data).train()
+        except Exception as error:  # noqa: BLE001 - what it is, is what the test asks
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
+
+
 def radius(out: Path) -> dict[str, Any]:
     """The radius chosen on 11 examples, which two processes can't share evenly, and the same radius given."""
     results: dict[str, Any] = {}
@@ -308,7 +332,7 @@ def sharded(out: Path) -> dict[str, Any]:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    tasks = (gradients, penalties, evaluation, base, head, estimate, radius, sharded)
+    tasks = (gradients, penalties, evaluation, base, head, estimate, failures, radius, sharded)
     functions = {function.__name__: function for function in tasks}
     for name in sys.argv[3:]:
         result = functions[name](out)

@@ -120,7 +120,11 @@ def measure_finetuned(
             "the model that training started from"
         )
     if frozen:
-        logger.info("%d parameters are those of the reference, and count as frozen", frozen)
+        logger.info(
+            "%d of %d parameters are those of the reference, and count as frozen",
+            frozen,
+            len(list(loaded.parameters())),
+        )
     torch.nn.Module.to(loaded, default_device())
     args = TrainingArguments(per_device_eval_batch_size=BATCH_SIZE, seed=seed, report_to="none")
     measurement = measure(

@@ -56,7 +56,13 @@ FLOORS = {
     "raw_examples": 3,
     "recommendation": 3,
     "__main__": 4,
+    "base_model": 2,
     "cli": 4,
+    "comparison": 3,
+    "comparison_plot": 3,
+    "finetuned": 3,
+    "finetuned_measurement": 3,
+    "model_labels": 3,
     "radius_search": 3,
     "trainer": 4,
 }

@@ -134,8 +134,8 @@ class CardData:
             return cls(**content)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} holds no card of this version ({error}): make it again with "
-                "trainer.create_model_card(), or with hf-robust-ft measure"
+                f"{path} holds no card of this version ({error}): make the card again with "
+                "trainer.create_model_card() or hf-robust-ft measure"
             ) from error
 
 

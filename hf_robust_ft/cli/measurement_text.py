@@ -45,11 +45,13 @@ def text(model: str, data: CardData, found: FinetunedMeasurement) -> str:
     total, lanczos = totals["x_hessian_total"], totals["x_hessian_total_lanczos"]
     stopped = "" if report.complete else " (stopped early)"
     settled = sum(layer.positive is not None and layer.positive.settled for layer in report.layers)
+    tighter = "Lanczos settled no layer within its time"
+    if settled:
+        tighter = f"{lanczos:.4g} with Lanczos ({settled} of {len(report.layers)} layers settled)"
     lines = [
         f"{model}: {data.model_class}, from {found.measurement.reference}",
         f"Examples    {report.examples} of {data.training_examples} measured{stopped}, {report.seconds:.0f} s",
-        f"Curvature   Σ √𝓗 = {total:.4g} by the sound bounds, {lanczos:.4g} with Lanczos ({settled} of "
-        f"{len(report.layers)} layers settled)",
+        f"Curvature   Σ √𝓗 = {total:.4g} by the sound bounds, {tighter}",
         f"Distance    {totals['x_hessian_distance']:.4g} of all layers together",
         "Worst       share of Σ √𝓗, distance, layer",
     ]

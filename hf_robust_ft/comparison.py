@@ -17,7 +17,7 @@ from .card.text import NOT_MEASURED, number, one_line, percent
 from .curvature import HessianReport
 from .hessian_measurement import hessian_metrics
 
-WIDEST = 28
+WIDEST = 34
 
 
 class Compared(NamedTuple):
@@ -139,7 +139,11 @@ def differences(models: Sequence[Compared]) -> list[str]:
             parts = [f"{', '.join(names)}: {say(value)}" for value, names in groups.items()]
             said.append(f"{why} ({'; '.join(parts)})")
 
-    differ(_layers, lambda value: f"{len(value)} layers", "other layers were measured: Σ √𝓗 and bounds don't compare")
+    differ(
+        _layers,
+        lambda value: f"{len(value)} layers",
+        "other layers were measured: sums compare only if those that one lacks were frozen in it",
+    )
     differ(
         lambda model: model.data.model_class, str, "other architectures: curvature and bounds order models of one kind"
     )
@@ -155,7 +159,7 @@ def differences(models: Sequence[Compared]) -> list[str]:
         lambda value: f"n = {value}",
         "trained on other numbers of examples, by whose root bounds are divided: compare Σ √𝓗",
     )
-    differ(lambda model: model.data.reference, str, "measured from other weights")
+    differ(lambda model: model.data.reference, str, "measured from weights of other names")
     differ(lambda model: tuple(model.data.datasets) or None, ", ".join, "trained on other data")
     differ(_evaluated, str, "the gap was measured on other evaluation labels")
     said += [f"{m.name}: the measurement was stopped early" for m in models if m.report and not m.report.complete]

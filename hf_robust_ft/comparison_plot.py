@@ -53,7 +53,7 @@ def plot_comparison(models: Sequence[Compared], path: str | Path) -> bool:
         axes.set_xticks(list(ticks), [f"$10^{{{tick}}}$" for tick in ticks])
         axes.set_xlim(low, high)
         axes.set_xlabel("loss on new examples minus loss on training examples (nats; log axis)", fontsize=9)
-        axes.set_title("Bounds on the gap, and the gap", fontsize=10, loc="left")
+        axes.set_title(f"Bounds on the gap, and the gap{_off_axis(models)}", fontsize=10, loc="left")
     if rows[1]:
         axes = panels.pop(0)
         _dots(axes, errors, rows[1], styles)
@@ -92,6 +92,7 @@ def _layers(axes: Any, models: Sequence[Compared], layers: Sequence[str], styles
     axes.set_title(f"Root of the Hessian distance measure (sound bound) by layer{common}", fontsize=10, loc="left")
     axes.set_ylabel("√H")
     tidy(axes)
+    axes.grid(visible=False, axis="x")
     block_ticks([axes], [block_of(name) for name in layers])
 
 
@@ -115,6 +116,13 @@ def _gaps(model: Compared) -> dict[str, float]:
         if where is not None:
             found[bound.name] = where
     return found
+
+
+def _off_axis(models: Sequence[Compared]) -> str:
+    """Gaps that a log axis has no place for."""
+    gaps = {model.name: measured_gap(model.data) for model in models}
+    said = [f"{_cut(name)} {gap:.2g}" for name, gap in gaps.items() if gap is not None and gap <= 0]
+    return f"\nNot above 0, and so not on this axis: {', '.join(said)}" if said else ""
 
 
 def _errors(model: Compared) -> dict[str, float]:

@@ -99,7 +99,7 @@ CORRECTED = [risk("training", 0.5, corrected=True, labels="noisy"), risk("eval",
         (compared("b", found=report(examples=20)), ["a maximum over more examples is larger"]),
         (compared("b", data(model_class="Vit", training_examples=200)), ["trained on other numbers of examples"]),
         (compared("b", data(model_class="Vit", risks=CORRECTED)), ["other losses were measured"]),
-        (compared("b", data(model_class="Vit", reference="there")), ["measured from other weights"]),
+        (compared("b", data(model_class="Vit", reference="there")), ["measured from weights of other names"]),
         (compared("b", data(model_class="Vit", datasets=["digits"])), ["trained on other data"]),
         (compared("b", found=report(complete=False)), ["b: the measurement was stopped early"]),
         (Compared("b", data(model_class="Vit"), None), ["b: the curvature was not measured"]),
@@ -179,11 +179,13 @@ def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / FILE).exists()
 
 
-@pytest.mark.parametrize("case", ["no gap", "no layers in common", "many", "flat"])
+@pytest.mark.parametrize("case", ["no gap", "a gap below 0", "no layers in common", "many", "flat"])
 def test_odd_models_are_drawn(tmp_path: Path, case: str) -> None:
     models = [compared("a"), compared("b", robust())]
     if case == "no gap":
         models = [compared(name, data(risks=[])) for name in "ab"]
+    if case == "a gap below 0":
+        models = [compared(name, data(risks=[risk("training", 0.5), risk("eval", 0.4)])) for name in "ab"]
     if case == "no layers in common":
         models[1] = models[1]._replace(report=report(layers=(replace(report().layers[0], name="z"),)))
     if case == "many":

@@ -13,7 +13,17 @@ import pytest
 import tiny
 import torch
 import transformers
-from checkpoints import NAMES, finetune, save_base, save_image_models, save_images, save_lora, save_tokenizer, texts
+from checkpoints import (
+    NAMES,
+    finetune,
+    move,
+    save_base,
+    save_image_models,
+    save_images,
+    save_lora,
+    save_tokenizer,
+    texts,
+)
 from datasets import ClassLabel, Dataset, Value
 from huggingface_hub import ModelCard
 from scipy.stats import beta
@@ -23,6 +33,7 @@ from hf_robust_ft import (
     HessianReport,
     ReferenceMismatch,
     clean_accuracy,
+    finetuned_measurement,
     measure_hessian,
     read_card,
     symmetric_transition,
@@ -361,7 +372,7 @@ def test_a_section_stands_apart(before: bytes, between: bytes) -> None:
     assert with_section(before, b"s", "x").startswith(before + between + BEGIN)
 
 
-def test_what_training_said_stays(base: Path, data: Path, tmp_path: Path) -> None:
+def test_what_training_said_stays(base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The Trainer's own card: constraints, settings and metrics are kept, what is measured is new."""
     finetune(base, tmp_path)
     before = CardData(
@@ -372,6 +383,7 @@ def test_what_training_said_stays(base: Path, data: Path, tmp_path: Path) -> Non
     before.save(tmp_path / "robust_card.json")
     more = ["--eval-dataset", str(data / "test.parquet")]
     assert main(words(tmp_path, base, data, None, *more)) == 0
+    assert "trained with a noise model (as given), but labels were taken as they are" in caplog.text
     after = read_card(tmp_path)[0]
     for name in ("correction", "noise_rate", "transition", "metrics", "arguments", "limits", "command"):
         assert getattr(after, name) == getattr(before, name)
@@ -447,6 +459,56 @@ def test_files_that_a_card_can_not_be_made_from(
     assert (folder / "README.md").stat().st_mtime_ns == before
     if file == "robust_card.json" and change is not None:  # found out before the model is measured
         assert main(words(tuned, base, data, folder)) == 2
+
+
+def test_an_interrupted_measurement_keeps_what_it_found(
+    base: Path,
+    tuned: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts(40).to_parquet(tmp_path / "train.parquet")
+    made = finetuned_measurement.model_inputs
+    calls: list[int] = []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt  # as Ctrl-C does, during the second batch
+        return made(*args)
+
+    monkeypatch.setattr(finetuned_measurement, "model_inputs", interrupted)
+    assert main(words(tuned, base, tmp_path, tmp_path / "out")) == 130
+    assert "32 of 40 measured (stopped early)" in capsys.readouterr().out
+    report = HessianReport.load(tmp_path / "out" / "hessian_report.json")
+    assert (report.complete, report.examples) == (False, 32)
+    assert "The measurement was stopped early." in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.real
+def test_a_real_text_model(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    base, rows = root / ".assets/models/minilm-l6", root / "../shared/data/wordnet-supersense"
+    if not (base.is_dir() and rows.is_dir()):
+        pytest.skip("needs .assets/models and ../shared/data")
+    for split, count in (("train", 8), ("test", 8)):
+        Dataset.from_parquet(str(rows / f"{split}.parquet"), cache_dir=str(tmp_path)).select(range(count)).to_parquet(
+            tmp_path / f"{split}.parquet"
+        )
+    names = Dataset.from_parquet(str(tmp_path / "train.parquet")).features["label"].names
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=10, id2label=dict(enumerate(names))
+    )
+    move(model, 1e-3)
+    model.save_pretrained(tmp_path / "tuned")
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "tuned")
+    assert main(words(tmp_path / "tuned", base, tmp_path, None, "--eval-dataset", str(tmp_path / "test.parquet"))) == 0
+    card, report, _ = read_card(tmp_path / "tuned")
+    assert report is not None
+    assert len(report.layers) == 3 + 6 * 6 + 2
+    assert all(layer.upper.maximum >= layer.hessian.maximum for layer in report.layers)
+    assert card.classes == names
 
 
 # What is refused

@@ -26,6 +26,8 @@ from ..noise_estimate import saved_estimate
 from .inputs import add_column_options, is_file, load_data, positive, seconds
 from .measurement_text import summary, text
 
+logger = logging.getLogger(__name__)
+
 DESCRIPTION = """\
 How sharply does the loss of a fine-tuned model bend along the way that each layer travelled from the pretrained
 weights, and what does that bound? For any image or text classifier that transformers loads, whoever trained it; a
@@ -136,6 +138,12 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.noise_transition is None and before is not None and before.training_known:
         estimate = estimate_before
+        if before.noise_source is not None:
+            logger.warning(
+                "the model was trained with a noise model (%s), but labels were taken as they are: if they are noisy "
+                "ones, give --noise-transition",
+                before.noise_source,
+            )
     data = _card(args, found, before)
     own = add_card(folder, data, found.measurement.report, estimate)
     written = [REPORT_FILE, CARD_FILE, *_pictures(folder), README if own else f"a section of {README}"]

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, TrainingArguments
 
+from .base_model import read_reference
 from .bounds.bound import Bound
 from .bounds.held_out import held_out_error
 from .checkpoint import STATE_FILE
@@ -111,23 +111,12 @@ def base_weights(model: nn.Module) -> tuple[dict[str, Tensor], str]:
         raise ReferenceMismatch(
             f"the model was loaded from {name}, a checkpoint of a training, not from its pretrained weights; {remedy}"
         )
-    _, restore = snapshot(None)  # a new head draws numbers
     try:
-        load: Any = type(model).from_pretrained
-        base, info = load(name, output_loading_info=True, ignore_mismatched_sizes=True)
+        return read_reference(model, name)
+    except ReferenceMismatch as error:
+        raise ReferenceMismatch(f"{error}; {remedy}") from error
     except (OSError, ValueError) as error:
         raise ReferenceMismatch(f"the pretrained weights can't be read from {name} ({error}); {remedy}") from error
-    finally:
-        restore()
-    new = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
-    state = {name: weight for name, weight in base.state_dict().items() if name not in new}
-    zeros = {
-        layer.name: torch.zeros_like(layer.parameter)
-        for layer in find_layers(model)[0]
-        if not any(each in state for each in (layer.name, *layer.tied))
-    }
-    centred = f"; {', '.join(sorted(zeros))}, which they lack, from zero" if zeros else ""
-    return {**state, **zeros}, f"the weights of {name}{centred}"
 
 
 # The examples, and their loss

@@ -20,6 +20,8 @@ from .estimation.inputs import Labels
 from .noise import IGNORE_INDEX
 
 Kind = Literal["image", "text"]
+AUTO: dict[Kind, Any] = {"image": AutoModelForImageClassification, "text": AutoModelForSequenceClassification}
+PROCESSORS: dict[Kind, str] = {"image": "ImageProcessor", "text": "Tokenizer"}
 
 # Fast on a CPU, whose caches larger batches leave.
 BATCH_SIZE = 32
@@ -107,16 +109,34 @@ def load_backbone(model: str | Path, kind: Kind, num_classes: int) -> tuple[Any,
         ValueError: the model is of another kind.
         OSError: there is no such model, or no processor with it.
     """
-    auto = AutoModelForImageClassification if kind == "image" else AutoModelForSequenceClassification
-    processor = AutoImageProcessor if kind == "image" else AutoTokenizer
     try:
-        loaded = auto.from_pretrained(model, num_labels=num_classes, ignore_mismatched_sizes=True)
-        return loaded, processor.from_pretrained(model)
+        loaded = AUTO[kind].from_pretrained(model, num_labels=num_classes, ignore_mismatched_sizes=True)
+        return loaded, load_processor(model, kind)
     except (ValueError, KeyError) as error:
         raise ValueError(
             f"model '{model}' can't be loaded to classify {kind}s: {str(error).splitlines()[0][:200]} "
             f"Give a pretrained {kind} model, or name the columns with image_column or text_column"
         ) from error
+
+
+def load_processor(model: str | Path, kind: Kind) -> Any:
+    """The image processor or tokenizer that lies with a model.
+
+    Raises:
+        OSError: there is none.
+    """
+    remedy = (
+        f"; save that of its base model there: Auto{PROCESSORS[kind]}.from_pretrained('BASE').save_pretrained('DIR')"
+    )
+    try:
+        found: Any = (AutoImageProcessor if kind == "image" else AutoTokenizer).from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).splitlines()[0][:200]
+        raise OSError(f"model '{model}' comes without a usable {PROCESSORS[kind]} ({first}){remedy}") from error
+    # From a configuration alone, transformers makes a tokenizer that knows no word.
+    if kind == "text" and not set(found.get_vocab()) - set(found.all_special_tokens):
+        raise OSError(f"model '{model}' comes without the vocabulary of a tokenizer{remedy}")
+    return found
 
 
 def model_inputs(

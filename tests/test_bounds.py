@@ -290,7 +290,7 @@ def test_the_held_out_error_is_the_largest_that_so_few_mistakes_do_not_refute(wr
     else:
         assert binom.cdf(wrong, 40, bound.value) == pytest.approx(0.1)
     assert bound.bounds_what == "error on clean labels"
-    assert "like these" in held_out_error(wrong, 40, name="held-out", clean=False).bounds_what
+    assert "as given" in held_out_error(wrong, 40, name="held-out", clean=False).bounds_what
 
 
 @pytest.mark.parametrize("truth", [0.1, 0.3])

@@ -314,7 +314,7 @@ def test_data_that_nothing_was_chosen_by_certify_the_error(tmp_path: Path) -> No
     predicted = trainer.predict(evaluated["test"])
     wrong = (predicted.predictions.argmax(-1) != predicted.label_ids).mean()
     assert bound.terms == {"error": pytest.approx(wrong)}
-    assert bound.bounds_what == "error on labels like these"
+    assert bound.bounds_what == "error on labels as given"
     assert held_out(trainer) == {"held-out, eval_dev", "held-out, eval_test"}
     best = {"load_best_model_at_end": True, "save_strategy": "epoch", "metric_for_best_model": "dev_loss"}
     assert held_out(trained(tmp_path / "b", **settings, **best)) == {"held-out, eval_test"}

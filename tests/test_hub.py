@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -20,7 +19,8 @@ import safetensors.numpy
 from hub_client import contents, hub, point_at
 from hub_server import BREAK, READ_TOKEN, TOKEN, Hub, Repo
 
-from hf_robust_ft import CardData, PushFailed, push_command, push_folder
+from hf_robust_ft import CardData, PushFailed, push_folder
+from hf_robust_ft.cli import main
 from hf_robust_ft.hub import check_repo_id, public_files
 from hf_robust_ft.redaction import redacted
 
@@ -105,9 +105,7 @@ def run(command: str) -> int:
     """A command of a message, through argparse."""
     words = shlex.split(command)
     assert words[:2] == ["hf-robust-ft", "push"]
-    parser = argparse.ArgumentParser()
-    push_command.add_parser(parser.add_subparsers())
-    return push_command.run(parser.parse_args(words[1:]))
+    return main(words[1:])
 
 
 def last_line(error: Any) -> str:

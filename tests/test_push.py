@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -25,7 +24,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from hf_robust_ft import HessianRegularizedTrainer, HessianReport, PushFailed, TransitionEstimate, push_command
+from hf_robust_ft import HessianRegularizedTrainer, HessianReport, PushFailed, TransitionEstimate
+from hf_robust_ft.cli import main
 from hf_robust_ft.hub import public_files
 
 __all__ = ["hub"]
@@ -46,11 +46,9 @@ def pushing(folder: Path, **changes: Any) -> HessianRegularizedTrainer:
 
 def retry(said: str) -> None:
     """Run the command that a message ends with."""
-    parser = argparse.ArgumentParser()
-    push_command.add_parser(parser.add_subparsers())
     words = shlex.split(said.splitlines()[-1])
     assert words[:2] == ["hf-robust-ft", "push"]
-    assert push_command.run(parser.parse_args(words[1:])) == 0
+    assert main(words[1:]) == 0
 
 
 # What is pushed

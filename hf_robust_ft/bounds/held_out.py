@@ -19,7 +19,7 @@ def held_out_error(wrong: int, n: int, *, name: str, clean: bool, confidence: fl
         wrong: examples whose label is not the prediction.
         n: all of them.
         name: of the bound.
-        clean: whether the labels are known to be clean; else the error is that on labels like these.
+        clean: whether the labels are known to be clean; else the error is that on labels as given.
         confidence: in (0, 1).
 
     Raises:
@@ -34,7 +34,7 @@ def held_out_error(wrong: int, n: int, *, name: str, clean: bool, confidence: fl
         name=name,
         value=float(binomtest(wrong, n, alternative="less").proportion_ci(confidence, method="exact").high),
         kind="certificate",
-        bounds_what="error on clean labels" if clean else "error on labels like these",
+        bounds_what="error on clean labels" if clean else "error on labels as given",
         terms={"error": wrong / n},
         assumptions=(INDEPENDENT,),
         source="Clopper & Pearson 1934",

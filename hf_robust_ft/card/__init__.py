@@ -4,6 +4,7 @@ A card is made from files alone: ``robust_card.json`` (:class:`CardData`) and th
 """
 
 from .data import CardData
+from .readme import add_card
 from .write import read_card, render_card, write_card
 
-__all__ = ["CardData", "read_card", "render_card", "write_card"]
+__all__ = ["CardData", "add_card", "read_card", "render_card", "write_card"]

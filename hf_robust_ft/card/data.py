@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -89,6 +90,13 @@ class CardData:
     versions: dict[str, str] = field(default_factory=dict)
     hardware: str | None = None
     train_seconds: float | None = None
+    measured_by: list[str] = field(default_factory=list)
+    """What measured a model that was trained by another command."""
+
+    @property
+    def training_known(self) -> bool:
+        """Whether this package's Trainer filled the card: else losses and constraints of the training are not known."""
+        return self.correction is not None
 
     def save(self, path: str | Path) -> None:
         """Write JSON; a reader never sees half of it. NaN becomes null, numpy's numbers Python's."""
@@ -107,9 +115,8 @@ class CardData:
             ValueError: the file is something else, or of another format.
             OSError: there is no such file.
         """
-        text = Path(path).read_text(encoding="utf-8")
         try:
-            content = json.loads(text)
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
             written = content.pop("format")
             if written != FORMAT:
                 raise ValueError(f"it is written as {written}, and this version of hf_robust_ft reads {FORMAT}")
@@ -123,11 +130,26 @@ class CardData:
                 ConstraintRow(**{**row, "shape": tuple(row["shape"]), "tied": tuple(row["tied"])})
                 for row in content["constraints"]
             ]
+            _check_types(content)
             return cls(**content)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} holds no card of this version ({error}): make the card again with trainer.create_model_card()"
+                f"{path} holds no card of this version ({error}): make the card again with "
+                "trainer.create_model_card() or hf-robust-ft measure"
             ) from error
+
+
+def _check_types(content: Mapping[str, Any]) -> None:
+    """Lists, tables and texts are what they should be."""
+    for name, wanted in get_type_hints(CardData).items():
+        kinds = (
+            tuple(get_origin(kind) or kind for kind in get_args(wanted))
+            if isinstance(wanted, UnionType)
+            else (get_origin(wanted),)
+        )
+        value = content.get(name)
+        if name in content and not isinstance(value, (*kinds, int) if float in kinds else kinds):
+            raise TypeError(f"{name} is {value!r:.60}")
 
 
 def plain(value: Any) -> Any:

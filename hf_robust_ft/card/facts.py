@@ -138,7 +138,7 @@ def run_facts(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         "arguments": _arguments(args, tokens),
         "seeds": {"training": args.seed, **({} if args.data_seed is None else {"data": args.data_seed})},
         "command": command(sys.argv, tokens),
-        "versions": {"python": platform.python_version(), **dict(_versions())},
+        "versions": package_versions(),
         "hardware": hardware(),
         "train_seconds": seconds[-1] if seconds else None,
     }
@@ -175,12 +175,15 @@ def command(words: list[str], tokens: Sequence[str] = ()) -> list[str]:
     return found
 
 
-def _versions() -> Iterable[tuple[str, str]]:
+def package_versions() -> dict[str, str]:
+    """Of Python and of the packages that a result may hang on, where they are installed."""
+    found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            yield name, metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    return found
 
 
 def hardware() -> str:

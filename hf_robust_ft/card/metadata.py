@@ -12,7 +12,7 @@ from ..curvature import HessianReport
 from .data import CardData, plain
 from .text import one_line
 
-TAGS = ("hf_robust_ft", "generated_from_trainer", "generalization-bound")
+TAGS = ("hf_robust_ft", "generalization-bound")
 # What the Hub takes for a name of its own; anything else is said in the text only.
 HUB_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 SHORT = re.compile(r"[a-z0-9][a-z0-9._-]*", re.I)
@@ -22,7 +22,12 @@ TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation
 def hub_metadata(data: CardData, report: HessianReport | None) -> ModelCardData:
     """Model-index with metrics and bounds, tags, base model, data sets, license, library."""
     results = [*_metrics(data), *_bounds(data), *_curvature(data, report)]
-    tags = [*TAGS, *(["label-noise"] if data.noise_source else []), *map(one_line, data.tags)]
+    tags = [
+        *TAGS,
+        *(["generated_from_trainer"] if data.training_known else []),
+        *(["label-noise"] if data.noise_source else []),
+        *map(one_line, data.tags),
+    ]
     language = [each for each in data.language if SHORT.fullmatch(each)]
     ids = [each for each in data.dataset_ids if HUB_ID.fullmatch(each)]
     return ModelCardData(

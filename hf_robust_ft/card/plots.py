@@ -9,20 +9,16 @@ from typing import Any
 
 from ..bounds.bound import Bound
 from ..curvature import HessianReport
-from ..figures import GROUND, new_figure, save_small
+from ..figures import BLUE, GREEN, GREY, ORANGE, PINK, block_ticks, new_figure, plain_text, power, save_small, tidy
 from ..hessian_measurement import block_of
 
 LAYERS_FILE = "plots/hessian_by_layer.png"
 BOUNDS_FILE = "plots/bounds.png"
 TRANSITION_FILE = "plots/transition.png"
 
-# Okabe & Ito 2008, told apart with any colour vision; shapes differ, too.
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5f5f5f"
 WIDTH, DPI = 8.0, 110
 BEYOND = 4
 """Decades around the gap and its bounds that are shown."""
-NAMES = 26
-"""Blocks whose names fit below the axis."""
 
 
 def plot_layers(report: HessianReport, path: Path) -> bool:
@@ -56,17 +52,9 @@ def plot_layers(report: HessianReport, path: Path) -> bool:
     upper.margins(y=0.22)
     lower.set_ylabel("distance ‖W − W₀‖")
     lower.set_ylim(bottom=0)
-    blocks: dict[str, int] = {}
-    for i, layer in enumerate(layers):
-        blocks.setdefault(block_of(layer.name), i)
-    starts = list(blocks.items())
-    step = -(-len(starts) // NAMES)
-    shown = starts[::step]
-    lower.set_xticks([i for _, i in shown], [_tail(name) for name, _ in shown], rotation=90, fontsize=7.5)
     for axes in (upper, lower):
-        _tidy(axes)
-        for start in list(blocks.values())[1:]:
-            axes.axvline(start - 0.5, color="#d5d5d0", linewidth=0.6, zorder=0)
+        tidy(axes)
+    block_ticks([upper, lower], [block_of(layer.name) for layer in layers])
     save_small(figure, path, DPI)
     return True
 
@@ -80,7 +68,7 @@ def plot_bounds(bounds: Sequence[Bound], gap: float | None, error: float | None,
         error: measured on clean evaluation labels.
     """
     known = [bound for bound in bounds if bound.value is not None]
-    losses = [(bound, where) for bound in known if (where := _log10(bound)) is not None]
+    losses = [(bound, where) for bound in known if (where := log10_gap(bound)) is not None]
     errors = [bound for bound in known if "error" in bound.bounds_what]
     if not losses and not errors:
         return False
@@ -117,17 +105,17 @@ def _losses(axes: Any, losses: Sequence[tuple[Bound, float]], gap: float | None)
         if at != where:
             marker = ">" if where > at else "<"
         axes.plot(at, y, marker, color=colour, mfc="none" if measure else colour, markersize=7, markeredgewidth=1.5)
-        text = _power(where) + ("" if at == where else " (off the axis)")
+        text = power(where) + ("" if at == where else " (off the axis)")
         side, align = ((-9, 0), "right") if at > low + 0.7 * span else ((9, 0), "left")
         axes.annotate(text, (at, y), side, textcoords="offset points", va="center", ha=align, fontsize=8)
-    axes.set_yticks(range(len(losses)), [_plain(bound.name) for bound, _ in reversed(losses)], fontsize=9)
+    axes.set_yticks(range(len(losses)), [plain_text(bound.name) for bound, _ in reversed(losses)], fontsize=9)
     axes.set_ylim(-0.6, len(losses) - 0.4)
     axes.set_xlim(low - 0.05 * span, high + 0.05 * span)
     ticks = range(low, high + 1, max(1, -(-span // 8)))
     axes.set_xticks(list(ticks), [f"$10^{{{tick}}}$" for tick in ticks])
     axes.set_xlabel("loss on new examples minus loss on training examples (nats; log axis)", fontsize=9)
     axes.set_title(title, fontsize=10, loc="left", x=-0.3)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _errors(axes: Any, errors: Sequence[Bound], error: float | None) -> None:
@@ -137,43 +125,22 @@ def _errors(axes: Any, errors: Sequence[Bound], error: float | None) -> None:
         axes.annotate(
             f"{bound.value:.3f}", (bound.value, y), (9, 0), textcoords="offset points", va="center", fontsize=8
         )
-    axes.set_yticks(range(len(errors)), [f"{_plain(b.name)} ({b.kind})" for b in reversed(errors)], fontsize=9)
+    axes.set_yticks(range(len(errors)), [f"{plain_text(b.name)} ({b.kind})" for b in reversed(errors)], fontsize=9)
     axes.set_ylim(-0.6, len(errors) - 0.4)
     axes.set_xlim(0, 1)
     title = "Bounds on the error: certificates (dots) and estimates (diamonds)"
     if error is not None:
         axes.axvline(error, color=ORANGE, linewidth=2)
         title += f"\nMeasured error: {error:.3f} (vertical line)"
-    axes.set_xlabel("error on new examples with clean labels", fontsize=9)
+    axes.set_xlabel("error on new examples", fontsize=9)
     axes.set_title(title, fontsize=10, loc="left", x=-0.3)
-    _tidy(axes)
+    tidy(axes)
 
 
-def _log10(bound: Bound) -> float | None:
+def log10_gap(bound: Bound) -> float | None:
     """Where a bound stands on the axis of the gap; None if it does not."""
     if bound.kind == "measure":
         where = bound.terms.get("log10")
         return where if where is not None and math.isfinite(where) else None
     gap = bound.terms.get("gap")
     return math.log10(gap) if gap is not None and 0 < gap < math.inf else None
-
-
-def _power(where: float) -> str:
-    return f"{10**where:.3g}" if abs(where) < 4 else f"$10^{{{where:.1f}}}$"
-
-
-def _plain(name: str) -> str:
-    """What matplotlib would take for a formula is text."""
-    return " ".join(name.split()).replace("$", r"\$")
-
-
-def _tail(name: str) -> str:
-    parts = name.split(".")
-    return _plain(".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1])
-
-
-def _tidy(axes: Any) -> None:
-    axes.set_facecolor(GROUND)
-    axes.grid(axis="both", color="#e2e2de", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

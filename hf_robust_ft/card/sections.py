@@ -42,6 +42,7 @@ def sections(data: CardData, report: HessianReport | None, estimate: TransitionE
         "limits": [*_limits(data, report), *data.limits],
         "arguments": [(name, _value(value)) for name, value in data.arguments.items()],
         "command": _command(data.command),
+        "measured_by": _command(data.measured_by),
     }
 
 

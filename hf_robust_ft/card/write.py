@@ -24,6 +24,8 @@ from .text import Markup, duration, escaped, fenced, number, percent, whole
 
 TEMPLATE = Path(__file__).parent / "template.md.jinja"
 README = "README.md"
+MARK = "<!-- Written by hf_robust_ft from robust_card.json and the reports beside it. -->"
+"""In every README that this package wrote as a whole."""
 
 
 def write_card(
@@ -40,6 +42,17 @@ def write_card(
         report: of the curvature; None: not measured.
         estimate: of T; None where T was not estimated.
     """
+    plots = write_parts(folder, data, report, estimate)
+    card = render_card(data, report, estimate, plots=plots)
+    with written_whole(Path(folder) / README) as temporary:
+        temporary.write_text(str(card), encoding="utf-8")
+    return card
+
+
+def write_parts(
+    folder: str | Path, data: CardData, report: HessianReport | None, estimate: TransitionEstimate | None
+) -> tuple[str, ...]:
+    """All of a card but ``README.md``. Returns the paths of the pictures in the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data.report = data.estimate = None
@@ -50,11 +63,7 @@ def write_card(
         data.estimate = ESTIMATE_FILE
         estimate.save(folder / ESTIMATE_FILE)
     data.save(folder / FILE)
-    plots = _draw(folder, data, report)
-    card = render_card(data, report, estimate, plots=plots)
-    with written_whole(folder / README) as temporary:
-        temporary.write_text(str(card), encoding="utf-8")
-    return card
+    return _draw(folder, data, report)
 
 
 def read_card(folder: str | Path) -> tuple[CardData, HessianReport | None, TransitionEstimate | None]:
@@ -65,6 +74,10 @@ def read_card(folder: str | Path) -> tuple[CardData, HessianReport | None, Trans
         OSError: a file that ``robust_card.json`` names, or itself, is missing.
     """
     folder = Path(folder)
+    if not (folder / FILE).is_file():
+        raise FileNotFoundError(
+            f"'{folder}' holds no {FILE}; trainer.create_model_card() and hf-robust-ft measure write one"
+        )
     data = CardData.load(folder / FILE)
     report = None if data.report is None else HessianReport.load(folder / Path(data.report).name)
     estimate = None if data.estimate is None else TransitionEstimate.load(folder / Path(data.estimate).name)
@@ -83,11 +96,31 @@ def render_card(
     Args:
         plots: paths relative to the card.
     """
-    body = _template().render(
+    body = render_body(data, report, estimate, plots=plots, own=True)
+    return ModelCard(f"---\n{hub_metadata(data, report).to_yaml()}\n---\n\n{body}\n")
+
+
+def render_body(
+    data: CardData,
+    report: HessianReport | None,
+    estimate: TransitionEstimate | None,
+    *,
+    plots: tuple[str, ...],
+    own: bool,
+) -> str:
+    """The card without metadata.
+
+    Args:
+        own: whether it is a page of its own, not a section of another.
+    """
+    text = _template().render(
         data=data,
         report=report,
         estimate=estimate,
         plots=plots,
+        own=own,
+        mark=Markup(MARK),
+        heading=Markup("##" if own else "###"),
         layers_plot=LAYERS_FILE,
         bounds_plot=BOUNDS_FILE,
         transition_plot=TRANSITION_FILE,
@@ -96,7 +129,7 @@ def render_card(
         ),
         **sections(data, report, estimate),
     )
-    return ModelCard(f"---\n{hub_metadata(data, report).to_yaml()}\n---\n\n{body.rstrip()}\n")
+    return text.rstrip()
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from .hub import PushFailed, public_files, push_folder
+from ..hub import PushFailed, public_files, push_folder
 
 DESCRIPTION = """\
 Push the folder of a model to the Hub as it is: weights, configuration, processor, card, reports and pictures, in one
@@ -31,7 +31,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="push a model with its card and reports to the Hub",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", help="of a model, such as the output folder of a training")
     parser.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="on the Hub; NAME alone is yours")

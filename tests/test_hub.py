@@ -460,8 +460,8 @@ def test_the_command_fails_with_one(model: Path, hub: Hub, capsys: pytest.Captur
     assert TOKEN not in err
 
 
-def test_the_command_leaves_wrong_input_to_the_others(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not exist; give the output folder of a training"):
-        run(f"hf-robust-ft push {tmp_path}/none --repo-id me/model")
+def test_wrong_input_to_the_command_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"hf-robust-ft push {tmp_path}/none --repo-id me/model") == 2
+    assert "does not exist; give the output folder of a training" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(f"hf-robust-ft push {tmp_path}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -150,70 +150,39 @@ def clean_accuracy(
 
     joint = table / n
     inverse = invert_transition(matrix).matrix
-    # Q[i, k], up to noise: single entries may be negative. The variances need true shares, hence `shares`.
+    # Q[i, k], up to noise: single entries may be negative.
     estimated = inverse.T @ joint
-    accuracy, frequency = float(estimated.trace()), estimated.sum(1)
-    shares = np.clip(estimated, 0, None)
-    shares /= shares.sum()
     moments = matrix @ inverse**2
+    spread = _spread(samples, joint, estimated)
     z2 = float(norm.ppf((1 + confidence) / 2)) ** 2
 
-    # Of T's own uncertainty: mean squares and products over its draws, about the estimate from T itself.
-    spread_accuracy, spread_hit, spread_both, spread_frequency = 0.0, 0.0, 0.0, 0.0
-    if samples is not None and len(samples) > 0:
-        drawn = np.swapaxes(np.linalg.inv(samples), 1, 2) @ joint
-        hits = np.diagonal(drawn, axis1=1, axis2=2) - estimated.diagonal()
-        frequencies = drawn.sum(2) - frequency
-        spread_accuracy = (hits.sum(1) ** 2).mean()
-        spread_hit, spread_both, spread_frequency = (
-            (first * second).mean(0)
-            for first, second in ((hits, hits), (hits, frequencies), (frequencies, frequencies))
-        )
-
-    noisy_accuracy = float(joint.trace())
-    rate = _symmetric_rate(matrix)
-    if samples is None and rate is not None:
+    rate = None if samples is not None else _symmetric_rate(matrix)
+    if rate is not None:
         low, high = _certified(int(table.trace()), n, rate, len(matrix), confidence)
     else:
-        right, wrong = _mean_moments(shares, moments)
-        # (accuracy - a)² <= z² ((a right + (1 - a) wrong - a²) / n + spread)
-        low, high = _roots(
-            1 + z2 / n,
-            -2 * accuracy - z2 / n * (right - wrong),
-            accuracy**2 - z2 / n * wrong - z2 * spread_accuracy,
-        )
+        low, high = _accuracy_interval(estimated, moments, spread, n, z2)
+    recall_low, recall_high = _recall_intervals(estimated, moments, spread, n, z2)
+
     unbounded = singular > (1 - confidence) / 2
     if unbounded:
         low, high = 0.0, 1.0
-    consistent = bool(high >= 0 and low <= 1)
-
-    # (hit - r frequency)² <= z² (((1 - r)² others_hit + r² others_missed + r (1 - r) own) / n + spread(r)), where
-    # each term is a second moment of W[ỹ, k] over the examples of one kind.
-    hit = estimated.diagonal()
-    own = shares.sum(1) * moments.diagonal()
-    others_hit = (shares * moments).sum(0) - shares.diagonal() * moments.diagonal()
-    others_missed = shares.sum(1) @ moments - own - others_hit
-    recall_low, recall_high = _quadratic_intervals(
-        frequency**2 - z2 * ((others_hit + others_missed - own) / n + spread_frequency),
-        -2 * hit * frequency - z2 * ((own - 2 * others_hit) / n - 2 * spread_both),
-        hit**2 - z2 * (others_hit / n + spread_hit),
-    )
+    frequency = estimated.sum(1)
     seen = frequency > 0
     recall = np.full(len(matrix), np.nan)
-    recall[seen] = np.clip(hit[seen] / frequency[seen], 0, 1)
+    recall[seen] = np.clip(estimated.diagonal()[seen] / frequency[seen], 0, 1)
     known = seen & (not unbounded)
     recall_low, recall_high = np.where(known, recall_low, 0.0), np.where(known, recall_high, 1.0)
 
     return CleanAccuracy(
-        accuracy=accuracy,
+        accuracy=float(estimated.trace()),
         interval=(float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1))),
         recall=tuple(recall.tolist()),
         recall_interval=tuple(zip(recall_low.tolist(), recall_high.tolist(), strict=True)),
-        noisy_accuracy=noisy_accuracy,
+        noisy_accuracy=float(joint.trace()),
         n=n,
         confidence=confidence,
-        kind="estimate" if samples is not None or rate is None else "certificate",
-        consistent=consistent,
+        kind="estimate" if rate is None else "certificate",
+        consistent=bool(high >= 0 and low <= 1),
     )
 
 
@@ -285,6 +254,64 @@ def _certified(right: int, n: int, rate: float, num_classes: int, confidence: fl
     ends = [(end - chance) / (1 - rate - chance) for end in (low, high)]
     # Beyond rate (K - 1) / K the wrong labels are the more likely ones, and the map falls.
     return min(ends), max(ends)
+
+
+class _Spread(NamedTuple):
+    """Of T's own uncertainty: mean squares and products of what its draws make of Q, about Q from T itself."""
+
+    accuracy: float | Matrix
+    """Of the trace."""
+    hit: float | Matrix
+    """[K]: of the diagonal."""
+    both: float | Matrix
+    """[K]: of the diagonal and the row sums."""
+    frequency: float | Matrix
+    """[K]: of the row sums."""
+
+
+def _spread(samples: Matrix | None, joint: Matrix, estimated: Matrix) -> _Spread:
+    if samples is None or not len(samples):
+        return _Spread(0.0, 0.0, 0.0, 0.0)
+    drawn = np.swapaxes(np.linalg.inv(samples), 1, 2) @ joint
+    hits = np.diagonal(drawn, axis1=1, axis2=2) - estimated.diagonal()
+    frequencies = drawn.sum(2) - estimated.sum(1)
+    return _Spread(
+        (hits.sum(1) ** 2).mean(), (hits * hits).mean(0), (hits * frequencies).mean(0), (frequencies**2).mean(0)
+    )
+
+
+def _shares(estimated: Matrix) -> Matrix:
+    """Q as true shares, which the variances need."""
+    shares = np.clip(estimated, 0, None)
+    return shares / shares.sum()  # type: ignore[no-any-return]
+
+
+def _accuracy_interval(estimated: Matrix, moments: Matrix, spread: _Spread, n: int, z2: float) -> Interval:
+    """All a with ``(accuracy - a)² <= z² ((a right + (1 - a) wrong - a²) / n + spread)``."""
+    accuracy = float(estimated.trace())
+    right, wrong = _mean_moments(_shares(estimated), moments)
+    return _roots(
+        1 + z2 / n,
+        -2 * accuracy - z2 / n * (right - wrong),
+        accuracy**2 - z2 / n * wrong - z2 * float(spread.accuracy),
+    )
+
+
+def _recall_intervals(estimated: Matrix, moments: Matrix, spread: _Spread, n: int, z2: float) -> tuple[Matrix, Matrix]:
+    """All r with ``(hit - r frequency)² <= z² (V(r) / n + spread)``.
+
+    ``V(r) = (1 - r)² others_hit + r² others_missed + r (1 - r) own``, where each of the three is a second moment of
+    ``W[ỹ, k]`` over the examples of one kind.
+    """
+    hit, frequency, shares = estimated.diagonal(), estimated.sum(1), _shares(estimated)
+    own = shares.sum(1) * moments.diagonal()
+    others_hit = (shares * moments).sum(0) - shares.diagonal() * moments.diagonal()
+    others_missed = shares.sum(1) @ moments - own - others_hit
+    return _quadratic_intervals(
+        frequency**2 - z2 * ((others_hit + others_missed - own) / n + spread.frequency),
+        -2 * hit * frequency - z2 * ((own - 2 * others_hit) / n - 2 * spread.both),
+        hit**2 - z2 * (others_hit / n + spread.hit),
+    )
 
 
 def _mean_moments(shares: Matrix, moments: Matrix) -> Interval:

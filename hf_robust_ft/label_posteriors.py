@@ -8,7 +8,7 @@ import numpy.typing as npt
 from .estimation.crossfit import stratified_folds
 from .estimation.inputs import check_class_labels, check_features
 from .estimation.joint_likelihood import head_for
-from .estimation.ridge import best_penalty, decompose, leave_one_out, standardised
+from .estimation.ridge import best_penalty, decompose, left_out_scores, standardised
 from .noise import Matrix, validate_transition
 
 # The first round's scores predict noisy labels, those of the next ones the posteriors of the round before, which are
@@ -48,7 +48,7 @@ def label_posteriors(
     spectrum = decompose(standardised(x, x[:0])[0])
     posterior: Matrix = np.eye(num_classes)[y]
     for _ in range(ROUNDS):
-        scores = leave_one_out(spectrum, posterior, best_penalty(spectrum, posterior)) - posterior.mean(axis=0)
+        scores = left_out_scores(spectrum, posterior, best_penalty(spectrum, posterior))
         scores /= np.sqrt((scores**2).mean()) or 1.0
         likelihood = matrix.T[y]
         for f in range(folds):

@@ -105,8 +105,8 @@ def study_labels(
             message = [error]
     found = broadcast_object_list(message)[0]
     if isinstance(found, ValueError):
-        drawn = len(chosen) > MOST_EXAMPLES or len(chosen) < len(dataset)
-        drew = f" ({MOST_EXAMPLES} of {len(dataset)} examples were drawn)" if drawn and transition is None else ""
+        sampled = transition is None and len(dataset) > MOST_EXAMPLES
+        drew = f" ({MOST_EXAMPLES} of {len(dataset)} examples were drawn)" if sampled else ""
         raise ValueError(f"{asked}: {found}{drew}") from found
     if isinstance(found, Exception):
         raise found

@@ -26,7 +26,7 @@ from scipy.special import log_softmax, softmax
 
 from ..noise import Matrix
 from .inputs import Labels, check_class_labels, check_features, check_probabilities
-from .ridge import best_penalty, decompose, head, leave_one_out, standardised
+from .ridge import best_penalty, decompose, head, left_out_scores, standardised
 
 # Weights of the second stage have a standard normal prior, for scores of unit mean square: a score one unit off moves
 # a logit by about one. It is weak (worth a few examples), but keeps separable classes from infinite weights.
@@ -42,7 +42,7 @@ class CrossFit(NamedTuple):
     """Out-of-fold scores and probabilities of the noisy label."""
 
     scores: Matrix
-    """[n, K]: ridge scores, each example's from a head without its label, of unit mean square."""
+    """[n, K]: ridge scores without intercept, each example's from a head without its label, of unit mean square."""
     probabilities: Matrix
     """[n, K]: calibrated ``P(ỹ = j | x)``, out of fold."""
     fold: npt.NDArray[np.int64]
@@ -72,7 +72,8 @@ def crossfit(
     a proper score: it is least, in expectation over noisy labels, at the true ``P(ỹ | x)``.
 
     Args:
-        features: [n, d], finite. They are standardised here.
+        features: [n, d], finite. They are standardised here. d well above 2 K: with fewer dimensions than classes, what
+            the left-out scores of n examples know of each other's labels is no longer small.
         labels: [n] integers in 0..K-1, noisy.
         num_classes: K; by default the largest label plus one.
         folds: of the calibration, at least 2. A class with fewer examples is absent from some held-out folds.
@@ -92,7 +93,7 @@ def crossfit(
 
     def rescore(drawn: Labels) -> tuple[Matrix, Matrix]:
         targets = np.eye(num_classes)[drawn]
-        raw = leave_one_out(spectrum, targets, ridge) - targets.mean(axis=0)
+        raw = left_out_scores(spectrum, targets, ridge)
         unit = np.sqrt((raw**2).mean()) or 1.0
         return raw / unit, others @ head(spectrum, targets, ridge) / unit
 

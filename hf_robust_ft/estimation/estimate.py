@@ -96,7 +96,7 @@ def estimate_transition(
     wrong, but not that real features are no Gaussian mixture: the verdict asks for an effect size of 0.1, too.
 
     Args:
-        features: [n, d], finite; or None, with ``probabilities``.
+        features: [n, d], finite, d well above 2 K (see :func:`crossfit`); or None, with ``probabilities``.
         labels: [n] integers in 0..K-1, noisy. Every class must occur.
         probabilities: [n, K], ``P(noisy label | x)`` of a model that did not see the example. They need not be
             calibrated.

@@ -70,6 +70,18 @@ def leave_one_out(spectrum: Spectrum, targets: Matrix, penalty: float) -> Matrix
     return predicted
 
 
+def left_out_scores(spectrum: Spectrum, targets: Matrix, penalty: float) -> Matrix:
+    """[n, K]: what each example's features add, in that prediction, to the mean target of the others.
+
+    Without the intercept, as that mean gives the example's own target away: ``(n ȳ - y_i) / (n - 1)`` is lower for the
+    class that it has. By ever so little, but scores are scaled, and where features say nothing it would be all of them.
+    """
+    n = len(targets)
+    others = (targets.sum(axis=0) - targets) / (n - 1)
+    scores: Matrix = leave_one_out(spectrum, targets, penalty) - others
+    return scores
+
+
 def best_penalty(spectrum: Spectrum, targets: Matrix) -> float:
     """The penalty of ``RIDGE_GRID`` with the least squared error left out: for one-hot targets, a Brier score."""
     errors = [((leave_one_out(spectrum, targets, penalty) - targets) ** 2).sum() for penalty in RIDGE_GRID]

@@ -249,6 +249,11 @@ def test_posteriors_of_another_matrix_are_refused(tmp_path: Path) -> None:
     trainer.args.noise_transition = 0.4
     with pytest.raises(ValueError, match=r"computed with another noise_transition than that of now; .*a new Trainer"):
         trainer.train()
+    before = found_by(trainer).posteriors
+    trainer.args.noise_transition = "estimate"
+    trainer.train()
+    assert not torch.equal(found_by(trainer).posteriors, before)
+    on_posteriors(tmp_path, noise_transition=0.1).train()
     later = on_posteriors(tmp_path, noise_transition=0.4)
     with pytest.raises(ValueError, match="computed with another noise_transition"):
         later.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -81,7 +81,7 @@ class LabelTrainer(Trainer):
         estimate = self._estimates_noise and self.noise_estimate is None
         if posteriors and not estimate and self.label_targets is not None:
             self._check_targets(self.label_targets)
-        posteriors = posteriors and self.label_targets is None
+        posteriors = posteriors and (estimate or self.label_targets is None)
         if not estimate and not posteriors:
             return
         self._check_estimable()

@@ -19,7 +19,7 @@ from hf_robust_ft import (
     pair_flip_transition,
     symmetric_transition,
 )
-from hf_robust_ft.estimation.verdict import write_verdict
+from hf_robust_ft.estimation.verdict import trusted_verdict, write_verdict
 
 T3 = np.array([[0.7, 0.2, 0.1], [0.05, 0.8, 0.15], [0.3, 0.1, 0.6]])
 
@@ -166,6 +166,34 @@ def test_trusted_examples_make_the_estimate_better_and_surer() -> None:
     assert row_tv(relabelled.transition, truth) < row_tv(plain.transition, truth)
     assert relabelled.standard_error.mean() < 0.8 * plain.standard_error.mean()
     assert relabelled.noise_rate_error < plain.noise_rate_error
+
+
+def test_trusted_examples_tell_of_errors_that_follow_from_the_features() -> None:
+    x, y, _ = mixture(900, seed=0)
+    # As a rule does that takes a kind of class 0 for class 1.
+    taken = (y == 0) & (np.arange(900) % 2 == 0)
+    x[taken, 5] += 6
+    weak = np.where(taken, 1, y)
+    trusted = (x[800:], y[800:], weak[800:])
+    missed = estimate_transition(x[:800], weak[:800], trusted=trusted, bootstrap=10)
+    assert missed.noise_rate < 0.06 < (weak != y).mean()
+    wrong = int((weak[800:] != y[800:]).sum())
+    assert f"of 100 trusted examples {wrong} carry a wrong label, where T says" in missed.verdict
+    # Nothing is said against noise that depends on the class alone, or without noisy labels.
+    noisy = corrupt_labels(y, T3, 1)
+    seen = estimate_transition(x[:800], noisy[:800], trusted=(x[800:], y[800:], noisy[800:]), bootstrap=10)
+    assert "trusted examples" not in seen.verdict
+    assert (
+        "carry a wrong label" not in estimate_transition(x[:800], weak[:800], trusted=trusted[:2], bootstrap=10).verdict
+    )
+
+
+def test_the_verdict_on_trusted_examples_is_seldom_wrong() -> None:
+    """Given T, wrong labels among them are a sum of coin flips: 2.5 deviations and up in 1 of 160 draws."""
+    clean = np.arange(200) % 3
+    said = [trusted_verdict(T3, T3[None], clean, corrupt_labels(clean, T3, seed)) for seed in range(300)]
+    assert sum(map(bool, said)) <= 6
+    assert all(trusted_verdict(np.eye(3), np.eye(3)[None], clean, corrupt_labels(clean, T3, seed)) for seed in range(9))
 
 
 def test_a_trusted_set_may_lack_a_class() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from .joint_likelihood import Gold, JointFit, head_for, joint_transition, refit
 from .result import TransitionEstimate
 from .shrinkage import shrink
 from .trusted import trusted_transition
-from .verdict import write_verdict
+from .verdict import trusted_verdict, write_verdict
 
 METHODS = ("joint", "confident_joint", "dual_t", "trusted")
 
@@ -105,7 +106,7 @@ def estimate_transition(
         trusted: examples with clean labels, drawn like the others but none of them: a tuple of their features [m, d]
             (or probabilities [m, K]) and clean labels [m] and, where these are known, noisy labels [m]. For "joint"
             (where a class may be missing: what is said of it then comes from the other examples) and "trusted" (where
-            none may).
+            none may). With noisy labels the verdict also says whether these examples contradict T.
         folds: of the cross-fitting.
         bootstrap: replicates, at least 10.
         seed: of folds and replicates. Same input and seed, same estimate.
@@ -155,7 +156,11 @@ def estimate_transition(
         size = len(trusted_labels) if method == "trusted" else len(y)
         strata = trusted_labels if method == "trusted" else y
         transitions = np.stack([counting(_resample(strata, size, rng)) for _ in range(bootstrap)])
-    return _assemble(fit, cross, y, transitions, spread, method, folds, seed)
+    found = _assemble(fit, cross, y, transitions, spread, method, folds, seed)
+    if trusted_noisy is None:
+        return found
+    said = trusted_verdict(found.transition, transitions, trusted_labels, trusted_noisy)
+    return replace(found, verdict=found.verdict + said)
 
 
 def _trusted(trusted: Any, num_classes: int) -> tuple[Matrix | None, Labels, Labels | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from tqdm.auto import tqdm
 
 from .estimation.crossfit import stratified_folds
 from .estimation.inputs import check_class_labels, check_features
@@ -47,6 +48,7 @@ def label_posteriors(
     fold = stratified_folds(y, folds, seed)
     spectrum = decompose(standardised(x, x[:0])[0])
     posterior: Matrix = np.eye(num_classes)[y]
+    steps = tqdm(total=ROUNDS * folds, desc="label posteriors", delay=5, disable=None)
     for _ in range(ROUNDS):
         scores = left_out_scores(spectrum, posterior, best_penalty(spectrum, posterior))
         scores /= np.sqrt((scores**2).mean()) or 1.0
@@ -55,6 +57,8 @@ def label_posteriors(
             held = fold == f
             head = head_for(scores[~held], y[~held], matrix)
             likelihood[held] *= head.clean_probabilities(scores[held])
+            steps.update()
         total = likelihood.sum(axis=1, keepdims=True)
         posterior = np.where(total > 0, likelihood / np.where(total > 0, total, 1), np.eye(num_classes)[y])
+    steps.close()
     return posterior

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-import tokenizers
 import torch
 import transformers
+from checkpoints import save_base
 from cleanlab.rank import get_label_quality_scores
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 
@@ -45,16 +45,7 @@ NAMES = ["ant", "bee", "cat"]
 @pytest.fixture(scope="module")
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random BERT and a tokenizer of 50 words."""
-    folder = tmp_path_factory.mktemp("text_model")
-    words = {"[PAD]": 0, "[UNK]": 1} | {f"w{k}": k for k in range(2, 50)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
-    fast.model_max_length = 32
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    tiny.bert().base_model.save_pretrained(folder)
-    return folder
+    return save_base(tmp_path_factory.mktemp("text_model"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..diagnosis import FILES, diagnose
-from .inputs import add_column_options, load_data, positive
+from .inputs import add_data_options, load_data, positive
 
 DESCRIPTION = """\
 Are the labels of a data set noisy? Estimates how often which class is mistaken for which (T), from the noisy labels
@@ -37,9 +37,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     command.add_argument(
         "data", help="a .parquet, .csv, .json or .jsonl file, an imagefolder (CLASS/*.png in it), or a Hub name"
     )
-    command.add_argument("--config", help="configuration of a data set of the Hub")
-    command.add_argument("--split", default="train", help="split of an imagefolder or Hub data set (default: train)")
-    add_column_options(command)
+    add_data_options(command)
     command.add_argument(
         "--max-examples", type=positive, metavar="N", help="look at so many, drawn at random; default: all"
     )

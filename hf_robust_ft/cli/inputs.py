@@ -30,8 +30,10 @@ def seconds(text: str) -> float:
     return value
 
 
-def add_column_options(command: argparse.ArgumentParser) -> None:
-    """Which columns hold what, and how large images are: the same for every command that reads data."""
+def add_data_options(command: argparse.ArgumentParser) -> None:
+    """Which part of the data, which columns hold what, and how large images are: for every command that reads data."""
+    command.add_argument("--config", help="configuration of a data set of the Hub")
+    command.add_argument("--split", default="train", help="split of an imagefolder or Hub data set (default: train)")
     command.add_argument("--label-column", default="label", metavar="NAME", help="default: label")
     command.add_argument("--image-column", metavar="NAME", help="images or file names; default: the only image column")
     command.add_argument(

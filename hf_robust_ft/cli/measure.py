@@ -23,7 +23,7 @@ from ..hessian_measurement import EXAMPLES
 from ..hessian_measurement import FILE as REPORT_FILE
 from ..noise_estimate import saved_estimate
 from ..redaction import redacted
-from .inputs import add_column_options, is_file, load_data, positive, seconds
+from .inputs import add_data_options, is_file, load_data, positive, seconds
 from .measurement_text import summary, text
 
 logger = logging.getLogger(__name__)
@@ -73,15 +73,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="the training data: a .parquet, .csv, .json or .jsonl file, an imagefolder (CLASS/*.png in it), or a Hub "
         "name",
     )
-    command.add_argument("--config", help="configuration of a data set of the Hub")
-    command.add_argument("--split", default="train", help="split of an imagefolder or Hub data set (default: train)")
+    add_data_options(command)
     command.add_argument(
         "--eval-dataset", metavar="DATA", help="other data, for the measured gap and a bound on the error"
     )
     command.add_argument(
         "--eval-split", metavar="NAME", help="their split; without --eval-dataset, this split of the training data"
     )
-    add_column_options(command)
     command.add_argument(
         "--examples", type=positive, default=EXAMPLES, metavar="N", help=f"measure so many (default: {EXAMPLES})"
     )

@@ -88,7 +88,7 @@ def _layers(axes: Any, models: Sequence[Compared], layers: Sequence[str], styles
     if above:
         axes.set_yscale("log")
     most = max(len(model.report.layers) for model in models if model.report is not None)
-    common = "" if most == len(layers) else f"\nOnly the {len(layers)} layers that all have"
+    common = "" if most == len(layers) else f"\nOnly layers that all have: {len(layers)}"
     axes.set_title(f"Root of the Hessian distance measure (sound bound) by layer{common}", fontsize=10, loc="left")
     axes.set_ylabel("√H")
     tidy(axes)

@@ -12,10 +12,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, TrainingArguments
@@ -32,7 +31,6 @@ from .layers import find_layers
 from .reference import ReferenceMismatch, capture_reference, load_reference, reference_digest, save_reference
 from .report_bounds import report_bounds
 from .risks import Labels, MeasuredRisk, measure_risk
-from .snapshot import snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +45,6 @@ EXAMPLES = 500
 
 # Forward passes are cheap beside curvature; beyond this their standard errors are.
 MOST_HELD_OUT = 5000
-
-Found = TypeVar("Found")
 
 
 # The weights that a training starts from
@@ -155,35 +151,9 @@ def example_batches(
             return batch
         return {"labels" if key == label_name else key: value for key, value in batch.items()}
 
-    # No workers: the collator above can't be sent to them everywhere.
-    return DataLoader(chosen, batch_size=args.per_device_eval_batch_size, collate_fn=collated)
-
-
-def by_first_process(measure: Callable[[], Found], args: TrainingArguments) -> Found:
-    """Let the first process measure, and tell the others, which wait. Leaves random numbers as they were.
-
-    Raises:
-        RuntimeError: on the others, when the first one failed.
-    """
-    _, restore = snapshot(None)
-    try:
-        if args.world_size == 1:
-            return measure()
-        message: list[Any] = [None]
-        failure: BaseException | None = None
-        if args.process_index == 0:
-            try:
-                message = [(measure(), None)]
-            except BaseException as error:  # noqa: BLE001 - any at all: the other processes wait
-                failure, message = error, [(None, f"{type(error).__name__}: {error}")]
-        found, problem = broadcast_object_list(message)[0]
-        if failure is not None:
-            raise failure
-        if problem is not None:
-            raise RuntimeError(f"the first process could not measure: {problem}")
-        return found  # type: ignore[no-any-return]
-    finally:
-        restore()
+    # All processes share each batch. No workers: the collator above can't be sent to them everywhere.
+    batch_size = args.per_device_eval_batch_size * args.world_size
+    return DataLoader(chosen, batch_size=batch_size, collate_fn=collated)
 
 
 # Names in logs
@@ -267,7 +237,7 @@ def measure(
     examples: int,
     time_budget: float,
 ) -> Measurement:
-    """Curvature, losses and bounds on one process.
+    """Curvature, losses and bounds, by all processes of the training together.
 
     Args:
         reference: weights by name, and what they are in words.
@@ -276,21 +246,29 @@ def measure(
         transition: T of noisy labels; None without a noise model.
 
     Raises:
-        ValueError, ReferenceMismatch, MeasurementStopped: see :func:`~hf_robust_ft.measure_hessian`.
+        ValueError, ReferenceMismatch, MeasurementStopped, OtherProcessFailed: see
+            :func:`~hf_robust_ft.measure_hessian`.
     """
     weights, described = reference
     loss = measured_loss(model, transition)
+    distributed = args.world_size > 1
 
     def batches(of: ExampleSet, count: int) -> DataLoader[Any]:
         return example_batches(of.dataset, of.collate, label_name, count, args)
 
-    report = measure_hessian(model, weights, batches(measured, examples), loss=loss, time_budget=time_budget)
+    report = measure_hessian(
+        model, weights, batches(measured, examples), loss=loss, time_budget=time_budget, distributed=distributed
+    )
     risks = []
     for of, count in [(measured, examples), *((each, MOST_HELD_OUT) for each in held_out)]:
         try:
             corrected = loss if of.labels == "noisy" else None
-            risks.append(measure_risk(model, batches(of, count), data=of.name, labels=of.labels, loss=corrected))
-        except (ValueError, RuntimeError, TypeError) as error:
+            risks.append(
+                measure_risk(
+                    model, batches(of, count), data=of.name, labels=of.labels, loss=corrected, distributed=distributed
+                )
+            )
+        except Exception as error:  # noqa: BLE001 - any at all, of any process: the curvature is worth more
             logger.warning("the loss of %s data was not measured: %s", of.name, error)
     matrix = None if loss is None or loss.matrices is None else loss.matrices[0]
     fair = [each.name for each in held_out if not each.selected_on and each.labels != "noisy"]

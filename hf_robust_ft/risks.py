@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .corrected_loss import CorrectedLoss, find_logits
+from .corrected_loss import CorrectedLoss
+from .curvature.batches import Batches
 from .curvature.loss import ExampleLoss, finite
-from .curvature.mean import numbered_batches
-from .curvature.model import measuring
+from .curvature.model import Weights, measuring
 from .noise import IGNORE_INDEX
+from .processes import Processes
 
 Labels = Literal["clean", "noisy", "as given"]
 """``"as given"``: there is no noise model, and nothing is known of the labels."""
@@ -52,6 +53,7 @@ def measure_risk(
     data: str,
     labels: Labels,
     loss: CorrectedLoss | None = None,
+    distributed: bool = False,
 ) -> MeasuredRisk:
     """Mean loss and error, by forward passes in the state in which the curvature is measured.
 
@@ -61,6 +63,7 @@ def measure_risk(
         data, labels: what the examples and their labels are, to be reported.
         loss: the *backward*-corrected loss for noisy labels, whose mean estimates the loss on clean ones; None: plain
             cross entropy.
+        distributed: see :func:`~hf_robust_ft.measure_hessian`.
 
     Raises:
         ValueError: no batch, labels that are no class indices, a loss that is not finite.
@@ -68,14 +71,18 @@ def measure_risk(
     example_loss = ExampleLoss(loss, model)
     losses: list[Tensor] = []
     margins: list[Tensor] = []
-    with measuring(model):
-        for first, inputs, targets in numbered_batches(batches, model, f"loss of {data} data"):
+    processes = Processes(distributed)
+    with processes.together(), measuring(model):
+        weights, shares = Weights(model, ()), Batches(batches, model, f"loss of {data} data", processes)
+        for first, inputs, targets in shares:
             with torch.no_grad():
-                logits = find_logits(model(**inputs) if isinstance(inputs, Mapping) else model(*inputs))
+                logits = weights.logits(inputs)
                 losses.append(finite(example_loss(logits, targets).double(), first).cpu())
                 if targets.dim() == 1 and logits.dim() == 2:
                     margins.append(_margins(logits.double(), targets).cpu())
-    values = torch.cat(losses)
+        parts = processes.gather((losses, margins), shares.token)
+    values = torch.cat([part for some, _ in parts for part in some])
+    margins = [part for _, some in parts for part in some]
     margin = torch.cat(margins) if margins else None
     single = margin is not None and len(margin) > 0
     return MeasuredRisk(

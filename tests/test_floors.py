@@ -55,6 +55,7 @@ FLOORS = {
     "noisy_evaluation": 3,
     "hub": 3,
     "penalized_step": 3,
+    "processes": 2,
     "raw_examples": 3,
     "recommendation": 3,
     "__main__": 4,

@@ -2,50 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from torchrun import results, run
 
 pytestmark = pytest.mark.multiprocess
 
-WORKER = Path(__file__).parent / "workers" / "processes.py"
-# torchrun, as `accelerate launch --cpu --num_processes 2` starts one process only.
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-# In seconds, for one start; the tests' own limit allows two.
-LIMIT = 120
-
 
 def _run(out: Path, processes: int, *names: str) -> None:
-    """Start the worker in this many processes; it leaves one JSON file for each name and process."""
-    launcher = [] if processes == 1 else [*TORCHRUN, str(processes)]
-    # Trainers of other tests in this process leave settings for accelerate in the environment.
-    environment = {n: v for n, v in os.environ.items() if not n.startswith(("ACCELERATE_", "FSDP_"))}
-    with subprocess.Popen(
-        [sys.executable, *launcher, str(WORKER), str(out), str(processes), *names],
-        env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=LIMIT)
-        finally:
-            # Not kill: torchrun must get the time to end its workers.
-            process.terminate()
-    assert process.returncode == 0, output[-8000:]
-
-
-def _results(out: Path, name: str, processes: int) -> list[Any]:
-    """What each process returned, by rank."""
-    return [json.loads((out / f"{name}-{processes}-{rank}.json").read_text()) for rank in range(processes)]
+    run("processes.py", out, processes, *names)
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +40,11 @@ def test_the_layout_of_a_batch_does_not_matter(
     """(processes, batch, accumulation) against (1, 8, 1); the AdamW runs are constrained."""
     processes, batch, accumulation = layout
     case = f"{task} {correction} {optimizer}"
-    (one,) = _results(runs, "gradients", 1)
+    (one,) = results(runs, "gradients", 1)
     expected = one[f"{case} batch 8 accumulation 1"]
     assert len(expected["grad_norm"]) == 4
     assert (expected["active"] > 0) == (optimizer == "adamw_torch")
-    for rank in _results(runs, "gradients", processes):
+    for rank in results(runs, "gradients", processes):
         got = rank[f"{case} batch {batch} accumulation {accumulation}"]
         assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
         assert got["active"] == expected["active"]
@@ -84,16 +52,16 @@ def test_the_layout_of_a_batch_does_not_matter(
 
 
 def test_both_processes_hold_the_same_weights(runs: Path) -> None:
-    first, second = _results(runs, "gradients", 2)
+    first, second = results(runs, "gradients", 2)
     assert first == second
 
 
 @pytest.mark.parametrize("layout", [(1, 2, 4), (2, 4, 1), (2, 2, 2)], ids=str)
 def test_the_layout_does_not_matter_to_the_penalties(runs: Path, layout: tuple[int, int, int]) -> None:
     processes, batch, accumulation = layout
-    (one,) = _results(runs, "penalties", 1)
+    (one,) = results(runs, "penalties", 1)
     expected = one["batch 8 accumulation 1"]
-    for rank in _results(runs, "penalties", processes):
+    for rank in results(runs, "penalties", processes):
         got = rank[f"batch {batch} accumulation {accumulation}"]
         assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-9)
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)  # logged in float32
@@ -107,7 +75,7 @@ def test_the_layout_does_not_matter_to_the_penalties(runs: Path, layout: tuple[i
 @pytest.mark.parametrize("task", ["sequence", "token"])
 def test_every_example_is_evaluated_once(runs: Path, task: str, correction: str, count: int, processes: int) -> None:
     """The corrected loss is a mean over all targets, also where an example is dealt out twice to fill up."""
-    for rank in _results(runs, "evaluation", processes):
+    for rank in results(runs, "evaluation", processes):
         got = rank[f"{task} {correction} {count}"]
         assert got["corrected_loss"] == pytest.approx(got["direct_corrected_loss"], rel=1e-6)
         # Its interval shows the number of examples, too.
@@ -119,7 +87,7 @@ def test_every_example_is_evaluated_once(runs: Path, task: str, correction: str,
 
 
 def test_a_new_head_is_centred_on_that_of_the_first_process(runs: Path) -> None:
-    first, second = _results(runs, "head", 2)
+    first, second = results(runs, "head", 2)
     assert first["initial"] != second["initial"]
     assert first["weights"] == second["weights"]
 
@@ -134,8 +102,8 @@ def test_a_new_head_is_centred_on_that_of_the_first_process(runs: Path) -> None:
 
 
 def test_two_processes_estimate_what_one_does(runs: Path) -> None:
-    (alone,) = _results(runs, "estimate", 1)
-    first, second = _results(runs, "estimate", 2)
+    (alone,) = results(runs, "estimate", 1)
+    first, second = results(runs, "estimate", 2)
     assert first == second
     assert alone["n"] == first["n"] == 151
     for row, expected in zip(first["transition"], alone["transition"], strict=True):
@@ -145,7 +113,7 @@ def test_two_processes_estimate_what_one_does(runs: Path) -> None:
 
 
 def test_when_one_process_fails_the_other_does_not_wait(runs: Path) -> None:
-    first, second = _results(runs, "failures", 2)
+    first, second = results(runs, "failures", 2)
     assert first["read"] == "RuntimeError: process 1 could not compute the features of its examples: KeyError: " + (
         "'no such file'"
     )
@@ -155,8 +123,8 @@ def test_when_one_process_fails_the_other_does_not_wait(runs: Path) -> None:
 
 
 def test_two_processes_choose_the_radius_that_one_does(runs: Path) -> None:
-    (alone,) = _results(runs, "radius", 1)
-    first, second = _results(runs, "radius", 2)
+    (alone,) = results(runs, "radius", 1)
+    first, second = results(runs, "radius", 2)
     assert first == second
     assert first["choice"] == alone["choice"]
     assert first["auto"] == first["given"]
@@ -166,6 +134,6 @@ def test_two_processes_choose_the_radius_that_one_does(runs: Path) -> None:
 
 def test_fsdp_beside_a_radius_is_refused(tmp_path: Path) -> None:
     _run(tmp_path, 2, "sharded")
-    for rank in _results(tmp_path, "sharded", 2):
+    for rank in results(tmp_path, "sharded", 2):
         assert rank["steps"] == 0
         assert re.search("layer_radius does not work with FSDP yet.*use DDP", rank["message"])

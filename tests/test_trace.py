@@ -346,5 +346,5 @@ def test_the_mean_loss_comes_along() -> None:
         loss = mean.MeanLoss(
             model, trace.group_layers(model, "weights")[0], batches(2), trace.ExampleLoss(None, model), "test"
         )
-        value = loss.each_bend(lambda bend: None)
+        value = loss.each_bend(lambda bend: None, torch.zeros(1, dtype=torch.float64))
     assert value == pytest.approx(PLAIN(model(X), Y).mean().item(), rel=1e-12)

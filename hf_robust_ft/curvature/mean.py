@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import length_hint
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from ..processes import Processes
+from .batches import Batches
 from .directions import Group
 from .loss import ExampleLoss, finite
-from .model import Inputs, Weights, split_batch
+from .model import Inputs, Weights
 from .products import Bend, bend_of
-
-# Seconds until a progress bar shows: a tiny model needs none.
-BAR_DELAY = 5.0
 
 # Two passes over the same examples differ by rounding (in float32, and shuffled, by some 1e-6 of the loss).
 PASSES_AGREE = 1e-3
@@ -34,10 +31,18 @@ class MeanLoss:
         dataloader: batches, as of :func:`~.model.split_batch`; the same examples at each pass.
         loss: of one example.
         task: what is being measured, for progress bars.
+        processes: that share the examples of each pass, and add up what they found at its end, in one reduction; by
+            default this one alone.
     """
 
     def __init__(
-        self, model: nn.Module, groups: Sequence[Group], dataloader: Iterable[Any], loss: ExampleLoss, task: str
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        dataloader: Iterable[Any],
+        loss: ExampleLoss,
+        task: str,
+        processes: Processes | None = None,
     ) -> None:
         self.weights = Weights(model, groups)
         self.examples = 0
@@ -48,6 +53,7 @@ class MeanLoss:
         self._dataloader = dataloader
         self._loss = loss
         self._task = task
+        self._processes = processes or Processes(together=False)
         self._value = 0.0
 
     @property
@@ -63,21 +69,24 @@ class MeanLoss:
         """
         return finite(self._loss(self.weights.logits(inputs), labels), first)
 
-    def each_batch(self, measure: Callable[[Inputs, Tensor, int], Tensor]) -> float:
+    def each_batch(self, measure: Callable[[Inputs, Tensor, int], Tensor], totals: Tensor) -> float:
         """One pass; returns the mean loss.
 
         Args:
             measure: takes inputs, labels and the number of the first example; returns the losses of the batch at
                 the model's own weights. It gets no batch before the one before is done with, and its memory free.
+            totals: what ``measure`` adds to, float64; in the end it holds the sum over all processes.
 
         Raises:
             ValueError: no example, or other examples than in the pass before.
         """
-        total, examples = 0.0, 0
-        for first, inputs, labels in numbered_batches(self._dataloader, self._model, self._task):
+        batches = Batches(self._dataloader, self._model, self._task, self._processes)
+        total = torch.zeros((), dtype=torch.float64, device=totals.device)
+        for first, inputs, labels in batches:
             total += measure(inputs, labels, first).detach().sum(dtype=torch.float64).item()
-            examples = first + len(labels)
-        value = total / examples
+        self._processes.add_(totals, total, token=batches.token)
+        examples = batches.read
+        value = total.item() / examples
         if self.examples and (
             examples != self.examples or abs(value - self._value) > PASSES_AGREE * (abs(value) + PASSES_AGREE)
         ):
@@ -90,7 +99,7 @@ class MeanLoss:
         self.passes += 1
         return value
 
-    def each_bend(self, use: Callable[[Bend], None]) -> float:
+    def each_bend(self, use: Callable[[Bend], None], totals: Tensor) -> float:
         """One pass; ``use`` gets for each batch the function V → ``Σ_n ∇²ℓ_n V``. Returns the mean loss.
 
         One backward pass with a graph a batch, and one more backward pass each time that the function is called.
@@ -101,7 +110,7 @@ class MeanLoss:
             use(bend_of(losses.sum(), self.weights.leaves))
             return losses
 
-        return self.each_batch(measure)
+        return self.each_batch(measure, totals)
 
     def products(self, vectors: Tensor) -> Tensor:
         """``H v`` of some vectors, with H the Hessian of the mean loss in all groups together, in one pass.
@@ -120,7 +129,7 @@ class MeanLoss:
                 for part, bent in zip(self._parts(total), bend(direction), strict=True):
                     part += bent.to(part.device)
 
-        self.each_bend(add)
+        self.each_bend(add, totals)
         return totals / self.examples
 
     def split(self, vector: Tensor) -> list[Tensor]:
@@ -131,24 +140,3 @@ class MeanLoss:
         leaves = self.weights.leaves
         sizes = [leaf.numel() for leaf in leaves]
         return [p.view_as(w) for p, w in zip(torch.split(vector, sizes), leaves, strict=True)]
-
-
-def numbered_batches(dataloader: Iterable[Any], model: nn.Module, task: str) -> Iterator[tuple[int, Inputs, Tensor]]:
-    """Number of the first example, inputs and labels of each batch that is not empty, with a progress bar.
-
-    Raises:
-        ValueError: no batch with an example.
-    """
-    first = 0
-    # tqdm(dataloader) would start the workers of a DataLoader twice. A DataLoader may have a length that it can't tell.
-    batches = length_hint(dataloader) or None
-    with tqdm(total=batches, desc=task, unit="batch", delay=BAR_DELAY, leave=False, disable=None) as bar:
-        for batch in dataloader:
-            inputs, labels = split_batch(batch, model)
-            if len(labels):
-                yield first, inputs, labels
-                first += len(labels)
-            bar.update()
-    if not first:
-        remedy = "a list or a DataLoader, as an iterator is used up" if isinstance(dataloader, Iterator) else "data"
-        raise ValueError(f"dataloader gave no batch: there is nothing to measure. Give it {remedy}")

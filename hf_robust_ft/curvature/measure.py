@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
+import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from operator import length_hint
 from typing import Any
@@ -17,19 +16,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..corrected_loss import CorrectedLoss
+from ..processes import OtherProcessFailed, Processes, merged
+from .batches import Batches
+from .candidates import CANDIDATES, Candidate, Candidates
 from .directions import Group, Layers, group_layers, lengths_of, travelled, unwrapped
 from .engine import Engine
 from .forms import LANCZOS_STEPS, check_counts
 from .loss import ExampleLoss, LossFunction
-from .mean import numbered_batches
 from .model import Inputs, measuring, some_examples
-from .report import HessianReport, LayerCurvature, PositivePart, Statistic
+from .report import HessianReport, LayerCurvature, PositivePart
+from .sums import Sums
 from .sweep import Direction
 
 logger = logging.getLogger(__name__)
 
-# Examples kept for Lanczos, those with the largest sound bounds of each layer. Their inputs stay in memory.
-CANDIDATES = 8
 # Forward passes for the sound bounds of one layer, and for one step of Lanczos, on a CPU (recipes/RESULTS.md).
 FORWARD_PASSES = 2.4
 FORWARD_PASSES_A_STEP = 2.0
@@ -54,6 +54,7 @@ def measure_hessian(
     lanczos_steps: int = LANCZOS_STEPS,
     examples_at_once: int | None = None,
     directions_at_once: int | None = None,
+    distributed: bool = False,
 ) -> HessianReport:
     """Measure how sharply the loss bends along the way that each layer travelled, over all examples.
 
@@ -81,6 +82,11 @@ def measure_hessian(
         loss, layers, examples_at_once, directions_at_once: see :func:`layer_quadratic_forms`.
         time_budget: seconds for the second pass; None sets no limit, 0 leaves it out. The first always runs.
         lanczos_steps: Hessian-vector products for each Lanczos value.
+        distributed: True: all processes of the launch (``accelerate launch``, ``torchrun``) make this call together,
+            with the same arguments, and return the same report. Each measures its share of every batch, so give
+            batches of as many examples as all of them take at once; the dataloader is the same for all, whole (not
+            what ``accelerator.prepare`` makes of it). They meet once after the first pass, and once in each round of
+            the second. False: this process measures everything by itself.
 
     Returns:
         A report, which Ctrl-C cuts short (``complete`` is False then).
@@ -89,14 +95,16 @@ def measure_hessian(
         ValueError: no batches, or an argument that doesn't fit.
         ReferenceMismatch: the reference lacks layers, or has them in another shape.
         MeasurementStopped: any error once a batch was measured, with the report so far.
+        OtherProcessFailed: an error of another process, before a batch was measured.
     """
     if time_budget is not None and not time_budget >= 0:
         raise ValueError(f"time_budget is {time_budget!r}; give seconds >= 0, or None for no limit")
     check_counts(lanczos_steps=lanczos_steps, examples_at_once=examples_at_once, directions_at_once=directions_at_once)
     model = unwrapped(model)
-    groups, left_out = group_layers(model, layers)
-    ways = travelled(groups, reference)
-    with measuring(model):
+    processes = Processes(distributed)
+    with processes.together(), measuring(model):
+        groups, left_out = group_layers(model, layers)
+        ways = travelled(groups, reference)
         engine = Engine(
             model,
             groups,
@@ -104,65 +112,106 @@ def measure_hessian(
             examples_at_once=examples_at_once,
             directions_at_once=directions_at_once,
         )
-        run = _Run(engine, groups, engine.weights.directions(ways), lanczos_steps)
-        complete = False
-        try:
-            run.first_pass(dataloader, model)
-            run.second_pass(time_budget)
-            complete = True
-        except KeyboardInterrupt:
-            if not run.examples:
-                raise
-            logger.warning("stopped after %d examples; the report holds what was measured", run.examples)
-        except Exception as error:
-            if not run.examples:
-                raise
-            report = run.report(left_out, complete=False)
-            raise MeasurementStopped(
-                f"{error} (after {run.examples} examples; .report of this error holds what was measured)", report
-            ) from error
-        return run.report(left_out, complete=complete)
-
-
-@dataclass(order=True)
-class _Candidate:
-    """An example that may hold the maximum of a layer."""
-
-    bound: float
-    example: int
-    inputs: Any = field(compare=False)
-    labels: Any = field(compare=False)
-    done: bool = field(default=False, compare=False)
+        run = _Run(engine, groups, engine.weights.directions(ways), lanczos_steps, processes)
+        batches = Batches(dataloader, model, "sound bounds", processes)
+        problem = run.first_pass(batches, length_hint(dataloader) or None, budget=time_budget)
+        if problem is None:
+            problem = run.second_pass(time_budget)
+        report = run.report(left_out, complete=problem is None)
+    if isinstance(problem, KeyboardInterrupt):
+        logger.warning("stopped after %d examples; the report holds what was measured", run.examples)
+    elif problem is not None:
+        raise MeasurementStopped(
+            f"{problem} (after {run.examples} examples; .report of this error holds what was measured)", report
+        ) from problem
+    return report
 
 
 class _Run:
     """The sums, maxima and candidates of one measurement."""
 
-    def __init__(self, engine: Engine, groups: Sequence[Group], directions: Sequence[Direction], steps: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        groups: Sequence[Group],
+        directions: Sequence[Direction],
+        steps: int,
+        processes: Processes,
+    ) -> None:
         self.examples = 0
+        """Measured by all processes; while the first pass goes on, by this one."""
         self._engine = engine
         self._groups = groups
         self._directions = directions
         self._lengths = lengths_of(directions)
         self._steps = steps
-        self._hessian = _Sums(len(groups))
-        self._upper = _Sums(len(groups))
-        self._losses = _Sums(1)
+        self._processes = processes
+        self._hessian = Sums(len(groups))
+        self._upper = Sums(len(groups))
+        self._losses = Sums(1)
         self._smallest = math.inf
-        # The largest sound bounds; the smallest of them goes first when there are too many.
-        self._candidates: list[list[_Candidate]] = [[] for _ in groups]
-        self._beyond = [-math.inf] * len(groups)
-        """Largest sound bound of the examples that are no candidates any more."""
+        self._candidates = [Candidates() for _ in groups]
         self._positive: list[PositivePart | None] = [None] * len(groups)
         self._start = time.perf_counter()
         self._estimate = math.nan
 
-    def first_pass(self, dataloader: Iterable[Any], model: nn.Module) -> None:
-        batches = length_hint(dataloader) or None
-        for _, inputs, labels in numbered_batches(dataloader, model, "sound bounds"):
-            if not self.examples:
-                self._predict(inputs, labels, batches)
-            self._add(inputs, labels)
+    def first_pass(self, batches: Batches, count: int | None, *, budget: float | None) -> BaseException | None:
+        """The sound bounds of every example; what stopped it, if something did.
+
+        Raises:
+            Exception, KeyboardInterrupt: what stopped it before any process had measured a batch.
+        """
+        problem: BaseException | None = None
+        try:
+            for first, inputs, labels in batches:
+                if not self.examples:
+                    self._predict(inputs, labels, count)
+                self._add(inputs, labels, first)
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - any at all: what was measured is kept
+            problem = error
+        return self._unite(problem, batches.token if problem is None else None, shared=budget != 0)
+
+    def _unite(self, problem: BaseException | None, token: int | None, *, shared: bool) -> BaseException | None:
+        """One pass, whoever measured its examples: this is where the processes meet."""
+        own = {c.example: (c.inputs, c.labels) for found in self._candidates for c in found}
+        parts = self._processes.gather((
+            token, self._said(problem), self.examples, self._smallest, self._lengths.tolist(),
+            self._hessian, self._upper, self._losses, self._candidates,
+        ))  # fmt: skip
+        tokens, said, counts, smallest, lengths, hessian, upper, losses, candidates = zip(*parts, strict=True)
+        problem = self._first_problem(problem, said)
+        self.examples = sum(counts)
+        if problem is not None and not self.examples:
+            raise problem
+        if len({*tokens} - {None}) > 1:
+            raise ValueError(
+                "dataloader gave the processes different batches; give each the same, whole and in the same order "
+                "(without shuffling, or shuffled by torch's own generator)"
+            )
+        if any(other != lengths[0] for other in lengths):
+            raise ValueError("model or reference has other weights on another process; give all of them the same")
+        self._smallest = min(smallest)
+        self._hessian, self._upper, self._losses = (Sums.merged(part) for part in (hessian, upper, losses))
+        self._candidates = [Candidates.merged(of_layer) for of_layer in zip(*candidates, strict=True)]
+        if shared and problem is None:
+            self._share_inputs(own)
+        return problem
+
+    def _said(self, problem: BaseException | None) -> tuple[bool, str] | None:
+        """A problem in words, for other processes."""
+        if problem is None:
+            return None
+        return isinstance(problem, KeyboardInterrupt), f"process {self._processes.rank}: {problem}"
+
+    def _first_problem(
+        self, own: BaseException | None, said: Sequence[tuple[bool, str] | None]
+    ) -> BaseException | None:
+        """The same for all processes: that of the first one that has any."""
+        first = next((rank for rank, words in enumerate(said) if words is not None), None)
+        if first is None or first == self._processes.rank:
+            return own
+        interrupted, words = said[first] or (False, "")
+        return KeyboardInterrupt(words) if interrupted else OtherProcessFailed(words)
 
     def _predict(self, inputs: Inputs, labels: Tensor, batches: int | None) -> None:
         one = some_examples(inputs, len(labels), 0, 1)
@@ -176,74 +225,102 @@ class _Run:
             layers, self._estimate, f"{batches} batches" if batches else "a batch", value, layers * value, CANDIDATES,
         )  # fmt: skip
 
-    def _add(self, inputs: Inputs, labels: Tensor) -> None:
-        forms = self._engine.products(inputs, labels, self._directions, first=self.examples)
+    def _add(self, inputs: Inputs, labels: Tensor, first: int) -> None:
+        forms = self._engine.products(inputs, labels, self._directions, first=first)
         assert forms.length is not None
         assert forms.reach is not None
         upper = (forms.hessian + forms.reach * forms.length) / 2
-        self._hessian.add(forms.hessian, self.examples)
-        self._upper.add(upper, self.examples)
-        self._losses.add(forms.losses.unsqueeze(1), self.examples)
+        self._hessian.add(forms.hessian, first)
+        self._upper.add(upper, first)
+        self._losses.add(forms.losses.unsqueeze(1), first)
         self._smallest = min(self._smallest, forms.losses.min().item())
-        self._keep(upper, inputs, labels)
-        self.examples += len(labels)
-
-    def _keep(self, upper: Tensor, inputs: Inputs, labels: Tensor) -> None:
         kept: dict[int, tuple[Any, Any]] = {}
         for i, found in enumerate(self._candidates):
-            values, order = upper[:, i].topk(min(CANDIDATES + 1, len(upper)))
-            for bound, n in zip(values.tolist(), order.tolist(), strict=True):
-                if len(found) == CANDIDATES and bound <= found[0].bound:
-                    self._beyond[i] = max(self._beyond[i], bound)
-                    continue
+            for bound, n in found.promising(upper[:, i]):
                 if n not in kept:
                     one = some_examples(inputs, len(labels), n, n + 1)
                     kept[n] = (_copied(one), labels[n : n + 1].clone())
-                candidate = _Candidate(bound, self.examples + n, *kept[n])
-                if len(found) < CANDIDATES:
-                    heapq.heappush(found, candidate)
-                else:
-                    self._beyond[i] = max(self._beyond[i], heapq.heapreplace(found, candidate).bound)
+                found.add(Candidate(bound, first + n, *kept[n]))
+        self.examples += len(labels)
 
-    def second_pass(self, budget: float | None) -> None:
+    def _share_inputs(self, own: Mapping[int, tuple[Any, Any]]) -> None:
+        """Any process may be the one that looks at a candidate: all get the inputs of all that are left."""
+        if self._processes.count == 1:
+            return
+        chosen = {c.example for found in self._candidates for c in found}
+        everyone = self._processes.gather(
+            {n: (_copied(inputs, "cpu"), labels.cpu()) for n, (inputs, labels) in own.items() if n in chosen}
+        )
+        kept = {n: both for part in everyone for n, both in part.items()}
+        device = next(iter(self._engine.weights.all)).device
+        kept = {n: (_copied(inputs, device), labels.to(device)) for n, (inputs, labels) in kept.items()}
+        for found in self._candidates:
+            for candidate in found:
+                candidate.inputs, candidate.labels = kept[candidate.example]
+
+    def second_pass(self, budget: float | None) -> BaseException | None:
+        """``vᵀ H⁺ v`` of the candidates, round by round; what stopped it, if something did."""
         end = math.inf if budget is None else time.perf_counter() + budget
-        with tqdm(desc="Lanczos", unit="value", disable=None) as bar:
+        quiet = True if self._processes.rank else None
+        with tqdm(desc="Lanczos", unit="value", disable=quiet) as bar:
             while todo := self._next():
-                for layers in todo.values():
-                    if time.perf_counter() >= end:
-                        return
-                    self._lanczos(layers)
-                    bar.update(len(layers))
+                mine = todo[self._processes.share(len(todo))]
+                found: list[tuple[int, int, float, float]] = []
+                problem: BaseException | None = None
+                try:
+                    in_time = self._round(mine, end, found)
+                except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - as in the first pass
+                    problem, in_time = error, False
+                parts = self._processes.gather((found, in_time, self._said(problem)))
+                for values, _, _ in parts:
+                    for i, example, value, gap in values:
+                        self._take(i, example, value, gap)
+                    bar.update(len(values))
+                problem = self._first_problem(problem, [said for _, _, said in parts])
+                if problem is not None or not all(whole for _, whole, _ in parts):
+                    return problem
+        return None
 
-    def _next(self) -> dict[int, list[tuple[int, _Candidate]]]:
-        """For each layer that isn't settled its most promising candidate, by example."""
-        todo: dict[int, list[tuple[int, _Candidate]]] = {}
-        for i, candidates in enumerate(self._candidates):
-            best = max((c for c in candidates if not c.done), default=None)
-            if best is not None and not self._is_settled(i):
-                todo.setdefault(best.example, []).append((i, best))
-        return todo
+    def _next(self) -> list[tuple[int, Candidate]]:
+        """For each layer that isn't settled its most promising candidate; those of one example side by side."""
+        best = [(i, found.best()) for i, found in enumerate(self._candidates) if not self._is_settled(i)]
+        return sorted(((i, c) for i, c in best if c is not None), key=lambda pair: pair[1].example)
 
-    def _lanczos(self, layers: Sequence[tuple[int, _Candidate]]) -> None:
+    def _round(
+        self, todo: Sequence[tuple[int, Candidate]], end: float, found: list[tuple[int, int, float, float]]
+    ) -> bool:
+        """Add layer, example, value and gap of each to ``found``; False if the time was over before the last."""
+        for _, layers in itertools.groupby(todo, key=lambda pair: pair[1].example):
+            if time.perf_counter() >= end:
+                return False
+            found += self._lanczos(list(layers))
+        return True
+
+    def _lanczos(self, layers: Sequence[tuple[int, Candidate]]) -> list[tuple[int, int, float, float]]:
         one = layers[0][1]
         forms = self._engine.products(
             one.inputs, one.labels, [self._directions[i] for i, _ in layers], steps=self._steps, first=one.example
         )
         assert forms.positive is not None
         assert forms.gap is not None
-        for (i, candidate), value, gap in zip(layers, forms.positive[0].tolist(), forms.gap[0].tolist(), strict=True):
-            candidate.done = True
-            best, count = self._positive[i], sum(c.done for c in self._candidates[i])
-            if best is None or value > best.maximum:
-                best = PositivePart(value, candidate.example, gap, count, False)
-            self._positive[i] = PositivePart(best.maximum, best.example, best.gap, count, False)
+        pairs = zip(layers, forms.positive[0].tolist(), forms.gap[0].tolist(), strict=True)
+        return [(i, one.example, value, gap) for (i, _), value, gap in pairs]
+
+    def _take(self, i: int, example: int, value: float, gap: float) -> None:
+        count = self._candidates[i].looked_at(example)
+        best = self._positive[i]
+        if best is None or value > best.maximum:
+            best = PositivePart(value, example, gap, count, False)
+        self._positive[i] = PositivePart(best.maximum, best.example, best.gap, count, False)
 
     def _is_settled(self, i: int) -> bool:
         best = self._positive[i]
-        others = max([self._beyond[i], *(c.bound for c in self._candidates[i] if not c.done)])
-        return best is not None and best.maximum >= others
+        return best is not None and best.maximum >= self._candidates[i].largest_other()
 
     def report(self, left_out: Sequence[Any], *, complete: bool) -> HessianReport:
+        """The same on all processes."""
+        parts = self._processes.gather((time.perf_counter() - self._start, self._estimate, self._engine.notes))
+        seconds, estimate, _ = parts[0]
         layers = []
         for i, group in enumerate(self._groups):
             part = self._positive[i]
@@ -267,46 +344,17 @@ class _Run:
             smallest_loss=self._smallest,
             lanczos_steps=self._steps,
             complete=complete,
-            seconds=time.perf_counter() - self._start,
-            estimated_seconds=self._estimate,
-            notes=tuple(self._engine.notes),
+            seconds=seconds,
+            estimated_seconds=estimate,
+            notes=tuple(merged(notes for _, _, notes in parts)),
         )
 
 
-class _Sums:
-    """Mean, variance and maximum of a few columns, a batch at a time (Chan, Golub & LeVeque 1983)."""
-
-    def __init__(self, columns: int) -> None:
-        self._count = 0
-        self._mean = torch.zeros(columns, dtype=torch.float64)
-        self._squares = torch.zeros(columns, dtype=torch.float64)
-        self._maximum = torch.full((columns,), -math.inf, dtype=torch.float64)
-        self._example = torch.zeros(columns, dtype=torch.long)
-
-    def add(self, values: Tensor, first: int) -> None:
-        """[examples, columns], the examples numbered from ``first``."""
-        count, mean = len(values), values.mean(0)
-        change = mean - self._mean
-        total = self._count + count
-        self._squares += (values - mean).square().sum(0) + change.square() * (self._count * count / total)
-        self._mean += change * (count / total)
-        self._count = total
-        largest, example = values.max(0)
-        better = largest > self._maximum
-        self._maximum = torch.where(better, largest, self._maximum)
-        self._example = torch.where(better, example + first, self._example)
-
-    def statistic(self, i: int) -> Statistic:
-        n = self._count
-        error = math.sqrt(self._squares[i].item() / (n - 1) / n) if n > 1 else math.nan
-        return Statistic(self._maximum[i].item(), int(self._example[i]), self._mean[i].item(), error)
-
-
-def _copied(inputs: Inputs) -> Any:
+def _copied(inputs: Inputs, device: torch.device | str | None = None) -> Any:
     """Examples on their own, so that the batch that they were a view of can be freed."""
 
     def copied(value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) else value
+        return value.to(device or value.device, copy=True) if isinstance(value, Tensor) else value
 
     if isinstance(inputs, Mapping):
         return {key: copied(value) for key, value in inputs.items()}

@@ -16,11 +16,13 @@ from tqdm.auto import tqdm
 
 from ..corrected_loss import CorrectedLoss
 from ..layers import NotALayer
+from ..processes import Processes
+from .batches import BAR_DELAY
 from .directions import Layers, group_layers, unwrapped
 from .interval import mean_and_error
 from .lanczos import quadrature, tridiagonal
 from .loss import ExampleLoss, LossFunction
-from .mean import BAR_DELAY, MeanLoss
+from .mean import MeanLoss
 from .model import measuring
 from .probes import Distribution, Probes
 
@@ -94,6 +96,7 @@ def top_eigenpairs(
     loss: CorrectedLoss | LossFunction | None = None,
     tolerance: float = 1e-4,
     seed: int = 0,
+    distributed: bool = False,
 ) -> Eigenpairs:
     """The algebraically largest eigenvalues of each layer's block of the mean Hessian, with eigenvectors.
 
@@ -116,6 +119,8 @@ def top_eigenpairs(
         tolerance: of the residual, ``‖H u - λ u‖ ≤ tolerance · |λ|``. The error of λ is at most that, and of the
             order of its square where λ stands apart; so 1e-4 is about what float32 can resolve.
         seed: of the starting vector.
+        distributed: see :func:`~.measure.measure_hessian`. All processes do the same steps with the same vectors; one
+            reduction a product.
 
     Raises:
         ValueError: count below 1 or above the size of a layer, tolerance not positive, a negative seed, a
@@ -137,9 +142,11 @@ def top_eigenpairs(
     values, residuals = (torch.zeros(len(groups), count, dtype=torch.float64) for _ in range(2))
     vectors: dict[str, Tensor] = {}
     passes = examples = 0
-    with measuring(model), tqdm(desc="Hessian-vector products", delay=BAR_DELAY, disable=None) as bar:
+    processes = Processes(distributed)
+    bar = tqdm(desc="Hessian-vector products", delay=BAR_DELAY, disable=True if processes.rank else None)
+    with processes.together(), measuring(model), bar:
         for g, group in enumerate(groups):
-            mean = MeanLoss(model, [group], dataloader, ExampleLoss(loss, model), group.name)
+            mean = MeanLoss(model, [group], dataloader, ExampleLoss(loss, model), group.name, processes)
             (start,) = _starts("gaussian", 1, mean, seed)
             try:
                 values[g], found = _largest(_counted(mean, bar), start, count, tolerance)
@@ -171,6 +178,7 @@ def spectral_density(
     points: int = 1001,
     width: float | None = None,
     seed: int = 0,
+    distributed: bool = False,
 ) -> SpectralDensity:
     """Density of all eigenvalues of each layer's block of the mean Hessian, by stochastic Lanczos quadrature.
 
@@ -197,6 +205,7 @@ def spectral_density(
         width: standard deviation of the Gaussians, in units of λ. None for 1/steps of the range of Ritz values: about
             the distance of neighbours, as narrower Gaussians show the nodes of the quadrature, not the spectrum.
         seed: of the probes.
+        distributed: see :func:`top_eigenpairs`.
 
     Raises:
         ValueError: fewer than 2 probes or points, fewer than 1 steps, a width that is not positive, a negative seed,
@@ -215,9 +224,12 @@ def spectral_density(
     curves: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     examples = 0
     total = len(groups) * probes * steps
-    with measuring(model), tqdm(total=total, desc="Hessian-vector products", delay=BAR_DELAY, disable=None) as bar:
+    processes = Processes(distributed)
+    quiet = True if processes.rank else None
+    bar = tqdm(total=total, desc="Hessian-vector products", delay=BAR_DELAY, disable=quiet)
+    with processes.together(), measuring(model), bar:
         for g, group in enumerate(groups):
-            mean = MeanLoss(model, [group], dataloader, ExampleLoss(loss, model), group.name)
+            mean = MeanLoss(model, [group], dataloader, ExampleLoss(loss, model), group.name, processes)
             for p, start in enumerate(_starts("rademacher", probes, mean, seed)):
                 theta, omega = ritz_values(_counted(mean, bar), start, steps)
                 ritz[g, p, : len(theta)], weights[g, p, : len(omega)] = theta, omega

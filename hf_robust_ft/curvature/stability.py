@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..corrected_loss import CorrectedLoss
+from ..processes import Processes
 from .directions import Group, Layers, group_layers, unwrapped
 from .interval import mean_and_error, student_interval
 from .loss import ExampleLoss, LossFunction
@@ -76,6 +77,7 @@ def noise_stability(
     draws: int = 30,
     probes: int = 30,
     seed: int = 0,
+    distributed: bool = False,
 ) -> NoiseStability:
     """Mean increase of the mean loss L when every measured weight gets noise, and its second-order prediction.
 
@@ -97,6 +99,7 @@ def noise_stability(
         draws: pairs, at least 2; 30, as for the probes.
         probes: of the trace.
         seed: of noise and probes, which are independent.
+        distributed: see :func:`~.measure.measure_hessian`.
 
     Raises:
         ValueError: sigma not positive or not finite, fewer than 2 draws or probes, a negative seed, a dataloader
@@ -113,8 +116,9 @@ def noise_stability(
     model = unwrapped(model)
     groups, left_out = group_layers(model, layers)
     whole = [Group("measured layers", tuple(layer for group in groups for layer in group.members))]
-    with measuring(model):
-        mean = MeanLoss(model, whole, dataloader, ExampleLoss(loss, model), "noise stability")
+    processes = Processes(distributed)
+    with processes.together(), measuring(model):
+        mean = MeanLoss(model, whole, dataloader, ExampleLoss(loss, model), "noise stability", processes)
         samples, value = _increases(mean, sigma, draws, seed)
         trace = trace_estimate(joint_samples(mean, probes, seed), whole, True, seed, mean.examples, left_out)
     increase, error = mean_and_error(samples)
@@ -140,7 +144,7 @@ def _increases(mean: MeanLoss, sigma: float, draws: int, seed: int) -> tuple[Ten
                     samples[d] += (mean.losses(inputs, labels, first).double() - still.double()).sum().item() / 2
         return still
 
-    value = mean.each_batch(measure)
+    value = mean.each_batch(measure, samples)
     return samples / mean.examples, value
 
 

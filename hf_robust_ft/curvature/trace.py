@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from ..corrected_loss import CorrectedLoss
 from ..layers import NotALayer
+from ..processes import Processes, merged
+from .batches import Batches
 from .directions import Group, Layers, group_layers, unwrapped
 from .engine import Engine
 from .interval import mean_and_error, student_interval
 from .loss import ExampleLoss, LossFunction
-from .mean import MeanLoss, numbered_batches
+from .mean import MeanLoss
 from .model import measuring
 from .probes import Probes
 from .products import Bend
@@ -66,6 +68,7 @@ def hessian_trace(
     probes: int = 30,
     joint: bool = False,
     seed: int = 0,
+    distributed: bool = False,
 ) -> TraceEstimate:
     """Trace of each layer's diagonal block of the mean Hessian, ``H = 1/N Σ_n ∇²ℓ_n``, by random probes.
 
@@ -93,6 +96,7 @@ def hessian_trace(
             error falls with ``1/√probes``.
         joint: see above.
         seed: of the probes.
+        distributed: see :func:`~.measure.measure_hessian`.
 
     Raises:
         ValueError: fewer than 2 probes, a negative seed, a dataloader without examples, no or unknown layers.
@@ -102,15 +106,20 @@ def hessian_trace(
     if probes < 2:
         raise ValueError(f"probes is {probes}; a standard error needs at least 2")
     model = unwrapped(model)
-    groups, left_out = group_layers(model, layers)
-    example_loss = ExampleLoss(loss, model)
+    processes = Processes(distributed)
     notes: list[str] = []
-    with measuring(model):
+    with processes.together(), measuring(model):
+        groups, left_out = group_layers(model, layers)
+        example_loss = ExampleLoss(loss, model)
         if joint:
-            mean = MeanLoss(model, groups, dataloader, example_loss, "Hessian trace")
+            mean = MeanLoss(model, groups, dataloader, example_loss, "Hessian trace", processes)
             samples, examples = joint_samples(mean, probes, seed), mean.examples
         else:
-            samples, examples, notes = _swept_samples(model, groups, dataloader, example_loss, probes, seed)
+            batches = Batches(dataloader, model, "Hessian trace", processes)
+            samples, notes = _swept_samples(model, groups, batches, example_loss, probes, seed)
+            processes.add_(samples, token=batches.token)
+            samples, examples = samples / batches.read, batches.read
+            notes = merged(processes.gather(notes))
     return trace_estimate(samples, groups, joint, seed, examples, left_out, notes)
 
 
@@ -143,24 +152,22 @@ def joint_samples(mean: MeanLoss, probes: int, seed: int) -> Tensor:
             inner = [(a * b).sum(dtype=torch.float64).item() for a, b in zip(z, bend(z), strict=True)]
             samples[p] += torch.tensor([sum(inner[i] for i in some) for some in members], dtype=torch.float64)
 
-    mean.each_bend(add)
+    mean.each_bend(add, samples)
     return samples / mean.examples
 
 
 def _swept_samples(
-    model: nn.Module, groups: Sequence[Group], dataloader: Iterable[Any], loss: ExampleLoss, probes: int, seed: int
-) -> tuple[Tensor, int, list[str]]:
-    """``z_iᵀ H_ii z_i``, [probes, groups], with the number of examples and the engine's notes."""
+    model: nn.Module, groups: Sequence[Group], batches: Batches, loss: ExampleLoss, probes: int, seed: int
+) -> tuple[Tensor, list[str]]:
+    """``z_iᵀ H_ii z_i`` summed over examples, [probes, groups], with the engine's notes."""
     engine = Engine(model, groups, loss)
     directions = Probes("rademacher", probes, engine.weights.leaves, seed)
     together = max(1, SWEPT_ELEMENTS // directions.size)
     samples = torch.zeros(probes, len(groups), dtype=torch.float64)
-    examples = 0
-    for first, inputs, labels in numbered_batches(dataloader, model, "Hessian trace"):
+    for first, inputs, labels in batches:
         for at in range(0, probes, together):
             some = [directions[p] for p in range(at, min(at + together, probes))]
             moves = [{i: z[i] for i in members} for z in some for members in engine.weights.members]
             forms = engine.sweep(inputs, labels, moves, first=first).hessian
             samples[at : at + len(some)] += forms.sum(0).view(len(some), len(groups))
-        examples = first + len(labels)
-    return samples / examples, examples, engine.notes
+    return samples, engine.notes

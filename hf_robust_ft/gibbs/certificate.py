@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..bounds.bound import Bound
 from ..bounds.pac_bayes import certified_error
-from ..curvature.mean import numbered_batches
+from ..curvature.batches import Batches
 from .injection import JUDGING, fresh_noise, generator_of, noise_owners
 from .posterior import Posterior
 from .training import evaluating, fit_posterior, logits_of
@@ -74,7 +74,7 @@ def pac_bayes_certificate(
         with evaluating(model):
             for draw in range(passes):
                 chosen = []
-                for _, inputs, labels in numbered_batches(batches, model, f"certificate, draw {draw + 1} of {passes}"):
+                for _, inputs, labels in Batches(batches, model, f"certificate, draw {draw + 1} of {passes}"):
                     with fresh_noise(model, noises, len(labels), generator):
                         logits = logits_of(model, inputs)
                     classes = logits.shape[-1]

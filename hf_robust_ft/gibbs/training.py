@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..bounds.kl import kl_inverse
 from ..bounds.pac_bayes import PRIOR_SCALES, bounded_loss
 from ..corrected_loss import find_logits
-from ..curvature.mean import BAR_DELAY
+from ..curvature.batches import BAR_DELAY
 from ..curvature.model import Inputs, split_batch
 from ..losses import forward_corrected
 from ..noise import load_transition

@@ -16,7 +16,6 @@ from ..hessian_measurement import (
     ExampleSet,
     Measurement,
     base_weights,
-    by_first_process,
     hessian_metrics,
     load_start,
     measure,
@@ -26,7 +25,9 @@ from ..hessian_measurement import (
 )
 from ..hessian_measurement import FILE as REPORT_FILE
 from ..noisy_evaluation import estimates_clean_accuracy
+from ..processes import Processes
 from ..reference import ReferenceMismatch
+from ..snapshot import snapshot
 from .radius import RadiusTrainer
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class MeasuringTrainer(RadiusTrainer):
 
         ``hessian_examples`` makes training end with this. Labels are taken as training took them: where there is a
         noise model, the loss is the backward-corrected one, whatever was trained; else plain cross entropy. Examples
-        are as ``train_dataset`` gives them: the theorem wants no augmentation. One process measures, the others wait.
+        are as ``train_dataset`` gives them: the theorem wants no augmentation. All processes measure, a share each.
 
         Args:
             dataset: None: the training set, which the bounds are for. ``hessian_report.json`` in the output folder
@@ -88,12 +89,16 @@ class MeasuringTrainer(RadiusTrainer):
                 f"measure_hessian does not work with {self._sharded_by}, as no process holds a whole layer; save the "
                 "model, load it in one process, and call hf_robust_ft.measure_hessian there"
             )
+        _, restore = snapshot(None)
         try:
-            found = by_first_process(lambda: self._measure(dataset, examples, time_budget, reference), self.args)
+            with Processes(self.args.world_size > 1).together():
+                found = self._measure(dataset, examples, time_budget, reference)
         except MeasurementStopped as error:
             if dataset is None and self.args.should_save:
                 error.report.save(Path(str(self.args.output_dir)) / REPORT_FILE)
             raise
+        finally:
+            restore()
         if dataset is None:
             self._measured = found, self.state.global_step
             if self.args.should_save:

@@ -1,0 +1,42 @@
+"""Starts a worker script in one process or several real ones, and reads what each left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+WORKERS = Path(__file__).parent / "workers"
+# torchrun, as `accelerate launch --cpu --num_processes 2` starts one process only.
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+# In seconds, for one start; the tests' own limit allows two.
+LIMIT = 120
+
+
+def run(worker: str, out: Path, processes: int, *names: str) -> None:
+    """Start the worker in this many processes; it leaves one JSON file for each name and process."""
+    launcher = [] if processes == 1 else [*TORCHRUN, str(processes)]
+    # Trainers of other tests in this process leave settings for accelerate in the environment.
+    environment = {n: v for n, v in os.environ.items() if not n.startswith(("ACCELERATE_", "FSDP_"))}
+    with subprocess.Popen(
+        [sys.executable, *launcher, str(WORKERS / worker), str(out), str(processes), *names],
+        env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=LIMIT)
+        finally:
+            # Not kill: torchrun must get the time to end its workers.
+            process.terminate()
+    assert process.returncode == 0, output[-8000:]
+
+
+def results(out: Path, name: str, processes: int) -> list[Any]:
+    """What each process returned, by rank."""
+    return [json.loads((out / f"{name}-{processes}-{rank}.json").read_text()) for rank in range(processes)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, PreTrainedModel
 
 from .layers import Layer, find_layers
@@ -41,8 +42,9 @@ def read_reference(model: PreTrainedModel, source: str | Path) -> tuple[dict[str
         )
     _, restore = snapshot(None)  # a new head draws numbers
     try:
-        load: Any = type(model).from_pretrained
-        base, info = load(source, output_loading_info=True, ignore_mismatched_sizes=True)
+        # FSDP2 gives a sharded model a class of its own.
+        own_class: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+        base, info = own_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
     finally:
         restore()
     new = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}

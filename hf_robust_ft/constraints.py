@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .layers import Layer, NotALayer, find_layers
 from .penalties import add_l2sp_gradient
-from .projection import Norm, distance, magnitude, project_
+from .projection import Norm, distance, magnitude, project_, square_distance
 from .reference import capture_reference, reference_weight
+from .sharding import is_sharded, over_shards_at_once
 
 Radius = float | Mapping[str, float | None] | None
 """One radius for all layers, or name pattern → radius, where None and infinity leave a layer free."""
@@ -182,8 +183,11 @@ class LayerConstraints:
         return {ball.layer.name: ball.radius for ball in self._balls}
 
     def project_(self) -> None:
-        """Move every constrained weight, in place, into its ball. Doing it twice changes nothing more."""
-        for ball in self._balls:
+        """Move every constrained weight, in place, into its ball. Doing it twice changes nothing more.
+
+        Of sharded weights (FSDP2, tensor parallelism) each process moves its shard; all must call this.
+        """
+        for ball, square in zip(self._balls, self._square_distances(), strict=True):
             project_(
                 ball.layer.parameter,
                 ball.centre,
@@ -191,7 +195,16 @@ class LayerConstraints:
                 self.norm,
                 reference_norm=ball.centre_norm,
                 row_dims=ball.layer.row_dims or (0,),
+                square=square,
             )
+
+    def _square_distances(self) -> Sequence[Tensor | None]:
+        """Those of sharded weights, by one reduction for all layers; None for what is as well found one by one."""
+        weights = [ball.layer.parameter for ball in self._balls]
+        if self.norm != "frobenius" or not any(is_sharded(weight) for weight in weights):
+            return [None] * len(weights)
+        squares = [square_distance(weight, ball.centre) for weight, ball in zip(weights, self._balls, strict=True)]
+        return over_shards_at_once(squares, weights)
 
     def add_pull(self, scale: float = 1.0) -> None:
         """Add the gradient of the penalty, ``scale · λ (W_i - W_i^ref)``, to those of the layers."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from .arguments import ESTIMATE, RobustTrainingArguments, is_auto, with_chosen
@@ -16,6 +15,13 @@ from .constraints import LayerConstraints
 from .corrected_loss import CorrectedLoss, loss_type
 
 logger = logging.getLogger(__name__)
+
+# Of what shards a model when its training begins, and what to use in its place.
+IN_PREPARE = "which takes the weights apart only when training begins"
+WHAT_WORKS = (
+    "use DDP (accelerate launch or torchrun without it), or FSDP2 by transformers, "
+    "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=...))"
+)
 
 # The variance of a backward-corrected loss grows with the square of this: at 10, a hundred noisy examples
 # say as much as one clean one.
@@ -107,7 +113,8 @@ def make_constraints(
     """The balls and the pull that the arguments ask for; none if ``layer_radius`` is None and ``l2sp_penalty`` 0.
 
     Args:
-        sharded_by: what splits the weights over processes, if something does.
+        sharded_by: what will split the weights over processes when training begins, if something does. Weights that
+            are sharded already are constrained as they are.
         chosen: the relative radius for ``layer_radius="auto"``; None while it is not chosen, and nothing constrained.
         reference, capture_missing, fresh: see :class:`LayerConstraints`.
 
@@ -118,12 +125,9 @@ def make_constraints(
     radius, mode = setting(args, "layer_radius"), setting(args, "radius_mode")
     if is_auto(radius):
         radius, mode = with_chosen(radius, chosen), "relative"
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        sharded_by = "a model sharded at load time"
     if radius is not None and sharded_by is not None:
         raise ValueError(
-            f"layer_radius does not work with {sharded_by} yet, as no process holds a whole layer; "
-            "use DDP (accelerate launch or torchrun without it), or set layer_radius=None"
+            f"layer_radius does not work with {sharded_by}, {IN_PREPARE}; {WHAT_WORKS}, or set layer_radius=None"
         )
     for argument in ("hessian_penalty", "l2sp_penalty"):
         if setting(args, argument):
@@ -145,10 +149,7 @@ def _check_gradients(args: TrainingArguments, argument: str, sharded_by: str | N
     """Refuse what leaves no whole gradient to a penalty between the backward pass and the optimizer step."""
     asked = f"{argument}={setting(args, argument)}"
     if sharded_by is not None:
-        raise ValueError(
-            f"{asked} does not work with {sharded_by} yet, as no process holds whole weights and gradients; "
-            f"use DDP (accelerate launch or torchrun without it), or set {argument}=0"
-        )
+        raise ValueError(f"{asked} does not work with {sharded_by}, {IN_PREPARE}; {WHAT_WORKS}, or set {argument}=0")
     optimizer = str(getattr(args.optim, "value", args.optim))
     if "lomo" in optimizer or optimizer.endswith("layerwise"):
         raise ValueError(

@@ -23,6 +23,7 @@ from .frozen_features import backbone_of, frozen_features
 from .label_posteriors import label_posteriors
 from .label_targets import LabelTargets
 from .noise import IGNORE_INDEX, Matrix, load_transition
+from .sharding import has_shards
 from .snapshot import snapshot
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,12 @@ def check_estimable(model: nn.Module, dataset: Any, label_names: list[str], aske
         problem = f"{type(dataset).__name__} has no length"
     elif isinstance(dataset, IterableDataset):
         problem = f"{type(dataset).__name__} is an IterableDataset, which gives no example by its place"
+    if has_shards(model):
+        raise ValueError(
+            f"{asked} needs features that each process computes by itself, which a sharded model does not give; "
+            "estimate T before (hf-robust-ft diagnose, or estimate_transition) and give its file as noise_transition, "
+            "with loss_correction='forward'"
+        )
     if problem is not None:
         raise ValueError(
             f"{asked} needs a train_dataset with a length, but {problem}; give T itself, or such a data set"

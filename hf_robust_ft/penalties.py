@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .sharding import shard, sharded_like
+
 
 @contextlib.contextmanager
 def antithetic_noise(weights: Sequence[Tensor], sigma: float, seed: Sequence[int]) -> Iterator[Callable[[], None]]:
@@ -31,26 +33,31 @@ def antithetic_noise(weights: Sequence[Tensor], sigma: float, seed: Sequence[int
         seed: non-negative numbers that the noise hangs on, and on nothing else but the order, shapes and devices of
             the weights: not on the global random state, which stays as it was.
     """
-    starts = [weight.detach().clone() for weight in weights]
+
+    def own() -> list[Tensor]:  # anew each time: FSDP2 may give a shard other memory in a forward pass
+        return [shard(weight.detach()) for weight in weights]
+
+    starts = [weight.clone() for weight in own()]
     # A stream for each weight: the same seed on two devices would give both the same noise.
     streams = np.random.SeedSequence(seed).generate_state(len(weights), np.uint64).tolist()
 
     @torch.no_grad()
     def reflect() -> None:
-        for weight, start in zip(weights, starts, strict=True):
+        for weight, start in zip(own(), starts, strict=True):
             weight.neg_().add_(start, alpha=2)
 
     try:
         with torch.no_grad():
-            for weight, stream in zip(weights, streams, strict=True):
+            for weight, part, stream in zip(weights, own(), streams, strict=True):
                 generator = torch.Generator(weight.device).manual_seed(stream)
                 noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype, device=weight.device)
-                weight.add_(noise, alpha=sigma)
+                # Of a sharded weight all processes draw the whole, so that the noise is that of one process.
+                part.add_(shard(sharded_like(noise, weight)), alpha=sigma)
         yield reflect
     finally:
         with torch.no_grad():
             # One call into C++: a second Ctrl-C can't leave it half done.
-            torch._foreach_copy_(list(weights), starts)
+            torch._foreach_copy_(own(), starts)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import RNGType, gather, gather_object, reduce, synchronize_rng_state
+from accelerate.utils import gather, gather_object, reduce
 from torch import Tensor
 
 from .snapshot import snapshot
@@ -66,7 +66,7 @@ class Processes:
         _, restore = snapshot(None)
         try:
             self._meet(0)
-            synchronize_rng_state(RNGType.TORCH)
+            torch.set_rng_state(gather_object([torch.get_rng_state()])[0])
             yield
             self._meet(0)
         except BaseException as error:

@@ -5,7 +5,8 @@ Two balls: ``‖W - W_ref‖_F ≤ α`` (equation 7 of Ju, Li & Zhang 2022; Li &
 row. Rows are outputs.
 
 Weights are read a block at a time, so that no second copy of a weight is ever made, and edited in place.
-On a GPU nothing here waits for the device.
+On a GPU nothing here waits for the device. Of a sharded weight each process reads and edits its own shard, and
+only norms are added up.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from .sharding import over_shards, shard, sharded_dims
 
 Norm = Literal["frobenius", "inf_op"]
 
@@ -30,22 +33,26 @@ MARGIN = 1e-5
 
 
 def distance(weight: Tensor, reference: Tensor, norm: Norm, row_dims: tuple[int, ...] = (0,)) -> float:
-    """``‖W - W_ref‖`` in float64.
+    """``‖W - W_ref‖`` in float64; of sharded weights on all processes together.
 
     Args:
-        weight, reference: same shape.
+        weight, reference: same shape, same shards.
         norm: ``"frobenius"``, or ``"inf_op"`` for the largest row sum of absolute differences.
         row_dims: the dimensions that number the rows (outputs); used by ``"inf_op"``.
     """
     if norm == "frobenius":
-        squares = [float(d.square().sum()) for _, d in _differences(weight, reference, torch.float64)]
-        return math.sqrt(math.fsum(squares))
-    return float(_row_sums(weight, reference, row_dims, torch.float64).max())
+        differences = _differences(shard(weight), shard(reference), torch.float64)
+        square = math.fsum(float(d.square().sum()) for _, d in differences)
+        total = torch.tensor(square, dtype=torch.float64, device=shard(weight).device)
+        return math.sqrt(over_shards(total, weight).item())
+    sums = row_sums(weight, reference, row_dims, torch.float64)
+    largest = sums.max() if sums.numel() else sums.new_zeros(())  # a process may hold no row
+    return over_shards(largest, weight, "max").item()
 
 
 def magnitude(weight: Tensor, norm: Norm, row_dims: tuple[int, ...] = (0,)) -> float:
     """``‖W‖`` in float64; arguments as in :func:`distance`."""
-    return distance(weight, torch.zeros((), device=weight.device).expand_as(weight), norm, row_dims)
+    return distance(weight, torch.zeros((), device=weight.device).expand_as(shard(weight)), norm, row_dims)
 
 
 @torch.no_grad()
@@ -57,6 +64,7 @@ def project_(
     *,
     reference_norm: float,
     row_dims: tuple[int, ...] = (0,),
+    square: Tensor | None = None,
 ) -> None:
     """Move a weight, in place, into the ball of ``radius`` around ``reference``.
 
@@ -65,38 +73,51 @@ def project_(
     weights are rounded towards the reference, as rounding to nearest could undo the whole step.
 
     Args:
-        weight: edited in place.
-        reference: the centre, same shape.
+        weight: edited in place; of a sharded one this process edits its shard.
+        reference: the centre, same shape and shards.
         radius: α ≥ 0. Zero restores the reference.
         norm: which ball.
         reference_norm: ``‖W_ref‖`` in the same norm (:func:`magnitude`): the size of a rounding error.
         row_dims: the dimensions that number the rows; used by ``"inf_op"``.
+        square: ``‖W - W_ref‖_F²`` of all shards; None: it is computed here, for a sharded weight with a reduction for
+            it alone.
     """
     compute = torch.promote_types(weight.dtype, torch.float32)
     # The second term is what rounding each entry of the result can add to the distance.
     target = max(0.0, radius * (1 - MARGIN) - torch.finfo(compute).eps * reference_norm)
     line = radius * (1 - MARGIN / 2)
     # A non-finite weight is left for the user to see. `pull` is how far to go back to the reference.
-    if norm == "frobenius" and weight.device.type == "cpu":
+    if norm == "frobenius" and square is None:
+        square = over_shards(square_distance(weight, reference), weight)
+    own, centre = shard(weight), shard(reference)
+    if norm == "frobenius" and own.device.type == "cpu":
+        assert square is not None
         # Python's floats: tensors of one number would cost a sixth of the whole projection.
-        length = math.sqrt(sum(float(_square(block)) for _, block in _differences(weight, reference, compute)))
+        length = math.sqrt(float(square))
         if not line < length < math.inf:
             return
         pull = torch.tensor(1 - target / length, dtype=compute)
     else:
-        if norm == "frobenius":
-            squares = [_square(block) for _, block in _differences(weight, reference, compute)]
-            reach = torch.stack(squares).sum().sqrt()
-        else:
-            reach = _row_sums(weight, reference, row_dims, compute)
+        reach = row_sums(weight, reference, row_dims, compute) if square is None else square.sqrt()
         outside = (reach > line) & reach.isfinite()
-        if weight.device.type == "cpu" and not outside.any():
+        if own.device.type == "cpu" and not outside.any():
             return
         pull = torch.where(outside, 1 - target / reach, 0.0)
-    if weight.dtype == compute:
-        weight.lerp_(reference, pull)
+    if own.dtype == compute:
+        own.lerp_(centre, pull)
     else:
-        _pull_half_(weight, reference, pull)
+        _pull_half_(own, centre, pull)
+
+
+def square_distance(weight: Tensor, reference: Tensor) -> Tensor:
+    """``‖W - W_ref‖_F²`` of the shard that this process holds, a scalar in at least float32."""
+    compute = torch.promote_types(weight.dtype, torch.float32)
+    own = shard(weight)
+    squares = (_square(block) for _, block in _differences(own, shard(reference), compute))
+    if own.device.type == "cpu":
+        return torch.tensor(sum(float(square) for square in squares), dtype=torch.float64)
+    found = list(squares)
+    return torch.stack(found).sum() if found else torch.zeros((), dtype=compute, device=own.device)
 
 
 def _square(block: Tensor) -> Tensor:
@@ -116,8 +137,14 @@ def _pull_half_(weight: Tensor, reference: Tensor, pull: Tensor) -> None:
         weight[rows] = torch.where(too_far, torch.nextafter(moved, centre), moved)
 
 
+def row_sums(weight: Tensor, reference: Tensor, row_dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """``Σ |W - W_ref|`` of each row that this process holds a part of, shaped to broadcast against its shard."""
+    sums = _row_sums(shard(weight), shard(reference), row_dims, dtype)
+    # Cut between rows, each process has its own ones whole.
+    return sums if set(sharded_dims(weight)) <= set(row_dims) else over_shards(sums, weight)
+
+
 def _row_sums(weight: Tensor, reference: Tensor, row_dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """``Σ |W - W_ref|`` of each row, shaped to broadcast against the weight."""
     others = [d for d in range(weight.dim()) if d not in row_dims]
     shape = [n if d in row_dims else 1 for d, n in enumerate(weight.shape)]
     sums = torch.zeros(shape, dtype=dtype, device=weight.device)

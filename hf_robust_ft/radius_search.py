@@ -25,6 +25,7 @@ from .corrected_loss import loss_type
 from .features import make_constraints, num_classes, one_class_an_example
 from .files import written_whole
 from .noise import IGNORE_INDEX, check_labels, invert_transition, load_transition, read_transition
+from .sharding import has_shards
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +219,11 @@ def validation_set(
         raise ValueError(
             f"{asked} chooses on validation examples, which may be noisy, but eval_dataset is None; give one, or a "
             "radius such as layer_radius=0.01 with radius_mode='relative'"
+        )
+    if has_shards(model):
+        raise ValueError(
+            f"{asked} trains several times from the same weights, which it can't do with a sharded model; choose on a "
+            "whole one, or give a radius such as layer_radius=0.01 with radius_mode='relative'"
         )
     one_class_an_example(model, label_names, asked)
     classes = num_classes(model, loss_type(model))

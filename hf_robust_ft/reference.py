@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .files import written_whole
 from .layers import Layer, find_layers
 from .projection import distance
+from .sharding import sharded_like, whole
 
 # The Trainer does not upload names that start with an underscore: readers have the base model.
 REFERENCE_FILE = "_reference.safetensors"
@@ -24,7 +25,7 @@ class ReferenceMismatch(ValueError):
 
 
 def capture_reference(layers: Iterable[Layer]) -> dict[str, Tensor]:
-    """Copy the present weights of some layers: parameter name → tensor on the same device."""
+    """Copy the present weights of some layers: parameter name → tensor on the same device, sharded as they are."""
     return {layer.name: layer.parameter.detach().clone() for layer in layers}
 
 
@@ -46,7 +47,7 @@ def layer_distances(model: nn.Module, reference: Mapping[str, Tensor]) -> dict[s
 
 
 def reference_weight(layer: Layer, reference: Mapping[str, Tensor]) -> Tensor:
-    """The reference of one layer, on the layer's device and in its type.
+    """The reference of one layer, on the layer's device, in its type and, if it is sharded, in its shards.
 
     Raises:
         ReferenceMismatch: the reference lacks the layer, or has it in another shape.
@@ -62,7 +63,22 @@ def reference_weight(layer: Layer, reference: Mapping[str, Tensor]) -> Tensor:
             f"the reference of {layer.name} has shape {tuple(weight.shape)}, the model's has {shape}: "
             "it belongs to another model. Give the reference of this one"
         )
-    return weight.detach().to(layer.parameter)
+    return sharded_like(weight.detach(), layer.parameter)
+
+
+def gathered(reference: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """A reference whole and on the CPU, one layer after the other, for the process that saves it.
+
+    Args:
+        reference: sharded or not; of sharded tensors all processes must call this.
+        keep: whether this process wants it; the others help to gather, and get nothing.
+    """
+    found = {}
+    for name, tensor in reference.items():
+        weight = whole(tensor.detach())
+        if keep:
+            found[name] = weight.cpu()
+    return found
 
 
 def reference_digest(reference: Mapping[str, Tensor]) -> str:

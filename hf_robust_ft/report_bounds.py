@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .bounds.bound import Bound, check_count
 from .bounds.distance import distance_measures
 from .bounds.hessian import EPSILON, SOURCE, hessian_bound
+from .curvature.placement import whole_weights
 from .curvature.report import HessianReport, LayerCurvature
 from .layers import find_layers
 from .reference import reference_weight
@@ -51,11 +52,12 @@ def report_bounds(
     found = [_hessian(report, n, transition, epsilon, lanczos=lanczos) for lanczos in (False, True)]
     if model is not None and reference is not None:
         pairs = []
-        for layer in find_layers(model)[0]:
-            weight, centre = layer.parameter.detach(), reference_weight(layer, reference)
-            if layer.row_dims == (1,):  # outputs second
-                weight, centre = weight.transpose(0, 1), centre.transpose(0, 1)
-            pairs.append((weight, centre))
+        with whole_weights(model):
+            for layer in find_layers(model)[0]:
+                weight, centre = layer.parameter.detach(), reference_weight(layer, reference)
+                if layer.row_dims == (1,):  # outputs second
+                    weight, centre = weight.transpose(0, 1), centre.transpose(0, 1)
+                pairs.append((weight, centre))
         found += distance_measures(pairs, n=n, margin=margin, largest_loss=report.losses.maximum)
     return [*found, *others]
 

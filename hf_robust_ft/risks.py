@@ -13,8 +13,8 @@ from .corrected_loss import CorrectedLoss
 from .curvature.batches import Batches
 from .curvature.loss import ExampleLoss, finite
 from .curvature.model import Weights, measuring
+from .curvature.placement import processes_of, unwrapped
 from .noise import IGNORE_INDEX
-from .processes import Processes
 
 Labels = Literal["clean", "noisy", "as given"]
 """``"as given"``: there is no noise model, and nothing is known of the labels."""
@@ -68,11 +68,12 @@ def measure_risk(
     Raises:
         ValueError: no batch, labels that are no class indices, a loss that is not finite.
     """
-    example_loss = ExampleLoss(loss, model)
     losses: list[Tensor] = []
     margins: list[Tensor] = []
-    processes = Processes(distributed)
+    model = unwrapped(model)
+    processes = processes_of(model, distributed)
     with processes.together(), measuring(model):
+        example_loss = ExampleLoss(loss, model)
         weights, shares = Weights(model, ()), Batches(batches, model, f"loss of {data} data", processes)
         for first, inputs, targets in shares:
             with torch.no_grad():

@@ -22,6 +22,7 @@ FLOORS = {
     "losses": 1,
     "penalties": 1,
     "projection": 1,
+    "sharding": 1,
     "redaction": 1,
     "bounds": 1,
     "estimation": 1,

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from ..layers import Layer, NotALayer, find_layers
 from ..reference import ReferenceMismatch
+from ..sharding import whole
+from .placement import unwrapped, whole_weights
 
 Layers = Literal["weights", "blocks"] | Mapping[str, str | Sequence[str]]
 """Each weight alone, each block of the model as one layer, or name → pattern(s) of the weights that form it."""
@@ -72,11 +73,6 @@ def _match(found: Sequence[Layer], layers: Mapping[str, str | Sequence[str]]) ->
     return members
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Without DDP or torch.compile around it."""
-    return extract_model_from_parallel(model, keep_torch_compile=False)  # type: ignore[no-any-return]
-
-
 def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:
     """``V = W - W_ref`` of every weight, by parameter name, at least float32, on the weight's device.
 
@@ -84,7 +80,9 @@ def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Modu
         ReferenceMismatch: weights that the reference lacks, or has in another shape; the message names them.
     """
     if isinstance(reference, nn.Module):
-        reference = unwrapped(reference).state_dict()
+        model = unwrapped(reference)
+        with whole_weights(model):
+            reference = model.state_dict()
     ways: dict[str, Tensor] = {}
     missing, misshapen, infinite = [], [], []
     for layer in (layer for group in groups for layer in group.members):
@@ -96,7 +94,7 @@ def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Modu
             misshapen.append(f"{layer.name} ({tuple(base.shape)} there, {tuple(weight.shape)} in the model)")
         else:
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            way = weight.to(dtype) - base.detach().to(weight.device, dtype)
+            way = weight.to(dtype) - whole(base.detach()).to(weight.device, dtype)
             if not way.norm().isfinite():
                 infinite.append(layer.name)
             ways[layer.name] = way

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..corrected_loss import CorrectedLoss
 from ..layers import NotALayer
-from .directions import Layers, group_layers, lengths_of, travelled, unwrapped
+from .directions import Layers, group_layers, lengths_of, travelled
 from .engine import Engine, Forms, Kind
 from .loss import ExampleLoss, LossFunction
 from .model import measuring, split_batch
+from .placement import unwrapped
 
 LANCZOS_STEPS = 20
 
@@ -91,12 +92,12 @@ def layer_quadratic_forms(
         raise ValueError(f"kind is {kind!r}; choose one of {', '.join(get_args(Kind))}")
     check_counts(lanczos_steps=lanczos_steps, examples_at_once=examples_at_once, directions_at_once=directions_at_once)
     model = unwrapped(model)
-    groups, left_out = group_layers(model, layers)
-    ways = travelled(groups, reference)
-    inputs, labels = split_batch(batch, model)
-    if not len(labels):
-        raise ValueError("batch is empty; give at least one example")
     with measuring(model):
+        groups, left_out = group_layers(model, layers)
+        ways = travelled(groups, reference)
+        inputs, labels = split_batch(batch, model)
+        if not len(labels):
+            raise ValueError("batch is empty; give at least one example")
         engine = Engine(
             model, groups, ExampleLoss(loss, model),
             examples_at_once=examples_at_once, directions_at_once=directions_at_once,

@@ -19,11 +19,12 @@ from ..corrected_loss import CorrectedLoss
 from ..processes import OtherProcessFailed, Processes, merged
 from .batches import Batches
 from .candidates import CANDIDATES, Candidate, Candidates
-from .directions import Group, Layers, group_layers, lengths_of, travelled, unwrapped
+from .directions import Group, Layers, group_layers, lengths_of, travelled
 from .engine import Engine
 from .forms import LANCZOS_STEPS, check_counts
 from .loss import ExampleLoss, LossFunction
 from .model import Inputs, measuring, some_examples
+from .placement import processes_of, unwrapped
 from .report import HessianReport, LayerCurvature, PositivePart
 from .sums import Sums
 from .sweep import Direction
@@ -101,7 +102,7 @@ def measure_hessian(
         raise ValueError(f"time_budget is {time_budget!r}; give seconds >= 0, or None for no limit")
     check_counts(lanczos_steps=lanczos_steps, examples_at_once=examples_at_once, directions_at_once=directions_at_once)
     model = unwrapped(model)
-    processes = Processes(distributed)
+    processes = processes_of(model, distributed)
     with processes.together(), measuring(model):
         groups, left_out = group_layers(model, layers)
         ways = travelled(groups, reference)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..corrected_loss import find_logits
 from .directions import Group
+from .placement import whole_weights
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 
@@ -25,7 +26,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     """Put a model into the state that it is measured in, and back, also after an error.
 
     Eval mode; attention by ``sdpa`` (or ``eager``, where the model has no sdpa) with the kernels that autograd can
-    differentiate twice; no autocast; no TF32; gradients enabled.
+    differentiate twice; no autocast; no TF32; gradients enabled; every weight whole.
     """
     training = {module: module.training for module in model.modules()}
     configs: dict[int, Any] = {}
@@ -33,7 +34,6 @@ def measuring(model: nn.Module) -> Iterator[None]:
         if isinstance(module, PreTrainedModel):
             _collect(module.config, configs)
     attention = {key: config._attn_implementation_internal for key, config in configs.items()}
-    device = next(model.parameters()).device.type
     tf32 = torch.backends.cuda.matmul.allow_tf32
     if torch.is_inference_mode_enabled():
         raise RuntimeError("curvature needs gradients; leave torch.inference_mode() for the measurement")
@@ -43,8 +43,9 @@ def measuring(model: nn.Module) -> Iterator[None]:
         if any(name not in ("sdpa", "eager", None) for name in attention.values()):
             _decompose_attention(model)
         with (
+            whole_weights(model),
             sdpa_kernel(SDPBackend.MATH),
-            torch.autocast(device, enabled=False),
+            torch.autocast(next(model.parameters()).device.type, enabled=False),
             torch.enable_grad(),
             torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
         ):

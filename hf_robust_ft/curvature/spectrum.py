@@ -16,14 +16,14 @@ from tqdm.auto import tqdm
 
 from ..corrected_loss import CorrectedLoss
 from ..layers import NotALayer
-from ..processes import Processes
 from .batches import BAR_DELAY
-from .directions import Layers, group_layers, unwrapped
+from .directions import Layers, group_layers
 from .interval import mean_and_error
 from .lanczos import quadrature, tridiagonal
 from .loss import ExampleLoss, LossFunction
 from .mean import MeanLoss
 from .model import measuring
+from .placement import processes_of, unwrapped
 from .probes import Distribution, Probes
 
 WHOLE_MODEL: Layers = {"model": "*"}
@@ -134,17 +134,17 @@ def top_eigenpairs(
     if not tolerance > 0:
         raise ValueError(f"tolerance is {tolerance}; give a positive relative residual, such as 1e-4")
     model = unwrapped(model)
-    groups, left_out = group_layers(model, layers)
-    for group in groups:
-        size = sum(layer.parameter.numel() for layer in group.members)
-        if count > size:
-            raise ValueError(f"count is {count}, but {group.name} has {size} weights; ask for at most as many")
-    values, residuals = (torch.zeros(len(groups), count, dtype=torch.float64) for _ in range(2))
     vectors: dict[str, Tensor] = {}
     passes = examples = 0
-    processes = Processes(distributed)
+    processes = processes_of(model, distributed)
     bar = tqdm(desc="Hessian-vector products", delay=BAR_DELAY, disable=True if processes.rank else None)
     with processes.together(), measuring(model), bar:
+        groups, left_out = group_layers(model, layers)
+        for group in groups:
+            size = sum(layer.parameter.numel() for layer in group.members)
+            if count > size:
+                raise ValueError(f"count is {count}, but {group.name} has {size} weights; ask for at most as many")
+        values, residuals = (torch.zeros(len(groups), count, dtype=torch.float64) for _ in range(2))
         for g, group in enumerate(groups):
             mean = MeanLoss(model, [group], dataloader, ExampleLoss(loss, model), group.name, processes)
             (start,) = _starts("gaussian", 1, mean, seed)
@@ -219,15 +219,14 @@ def spectral_density(
     if width is not None and not (width > 0 and math.isfinite(width)):
         raise ValueError(f"width is {width}; give a positive number, or None to fit it to the spectrum")
     model = unwrapped(model)
-    groups, left_out = group_layers(model, layers)
-    ritz, weights = (torch.zeros(len(groups), probes, steps, dtype=torch.float64) for _ in range(2))
     curves: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     examples = 0
-    total = len(groups) * probes * steps
-    processes = Processes(distributed)
-    quiet = True if processes.rank else None
-    bar = tqdm(total=total, desc="Hessian-vector products", delay=BAR_DELAY, disable=quiet)
+    processes = processes_of(model, distributed)
+    bar = tqdm(desc="Hessian-vector products", delay=BAR_DELAY, disable=True if processes.rank else None)
     with processes.together(), measuring(model), bar:
+        groups, left_out = group_layers(model, layers)
+        bar.total = len(groups) * probes * steps
+        ritz, weights = (torch.zeros(len(groups), probes, steps, dtype=torch.float64) for _ in range(2))
         for g, group in enumerate(groups):
             mean = MeanLoss(model, [group], dataloader, ExampleLoss(loss, model), group.name, processes)
             for p, start in enumerate(_starts("rademacher", probes, mean, seed)):

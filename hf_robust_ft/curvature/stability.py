@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..corrected_loss import CorrectedLoss
-from ..processes import Processes
-from .directions import Group, Layers, group_layers, unwrapped
+from .directions import Group, Layers, group_layers
 from .interval import mean_and_error, student_interval
 from .loss import ExampleLoss, LossFunction
 from .mean import MeanLoss
 from .model import Inputs, measuring
+from .placement import processes_of, unwrapped
 from .probes import Probes
 from .trace import TraceEstimate, joint_samples, trace_estimate
 
@@ -114,10 +114,10 @@ def noise_stability(
     if probes < 2:
         raise ValueError(f"probes is {probes}; a standard error needs at least 2")
     model = unwrapped(model)
-    groups, left_out = group_layers(model, layers)
-    whole = [Group("measured layers", tuple(layer for group in groups for layer in group.members))]
-    processes = Processes(distributed)
+    processes = processes_of(model, distributed)
     with processes.together(), measuring(model):
+        groups, left_out = group_layers(model, layers)
+        whole = [Group("measured layers", tuple(layer for group in groups for layer in group.members))]
         mean = MeanLoss(model, whole, dataloader, ExampleLoss(loss, model), "noise stability", processes)
         samples, value = _increases(mean, sigma, draws, seed)
         trace = trace_estimate(joint_samples(mean, probes, seed), whole, True, seed, mean.examples, left_out)

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from ..corrected_loss import CorrectedLoss
 from ..layers import NotALayer
-from ..processes import Processes, merged
+from ..processes import merged
 from .batches import Batches
-from .directions import Group, Layers, group_layers, unwrapped
+from .directions import Group, Layers, group_layers
 from .engine import Engine
 from .interval import mean_and_error, student_interval
 from .loss import ExampleLoss, LossFunction
 from .mean import MeanLoss
 from .model import measuring
+from .placement import processes_of, unwrapped
 from .probes import Probes
 from .products import Bend
 
@@ -106,7 +107,7 @@ def hessian_trace(
     if probes < 2:
         raise ValueError(f"probes is {probes}; a standard error needs at least 2")
     model = unwrapped(model)
-    processes = Processes(distributed)
+    processes = processes_of(model, distributed)
     notes: list[str] = []
     with processes.together(), measuring(model):
         groups, left_out = group_layers(model, layers)

@@ -18,7 +18,8 @@ from ..checkpoint import ConstraintRecord
 from ..constraints import ConstraintTable, LayerConstraints
 from ..features import make_constraints, setting
 from ..penalized_step import penalized_step
-from ..reference import load_reference, reference_digest, save_reference
+from ..reference import gathered, load_reference, reference_digest, save_reference
+from ..sharding import is_sharded
 from .loss import CorrectedTrainer
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,11 @@ class ConstrainedTrainer(CorrectedTrainer):
             constraints = build()
         if constraints and self.args.world_size > 1:
             # A head that each process initialised by itself; DDP, too, starts from that of process 0.
-            same = {name: broadcast(centre) for name, centre in constraints.reference.items()}
+            # Shards are no copies of each other.
+            same = {
+                name: centre if is_sharded(centre) else broadcast(centre)
+                for name, centre in constraints.reference.items()
+            }
             constraints = build(reference=same, fresh=constraints.fresh)
         self._projection.constraints = constraints
 
@@ -101,14 +106,19 @@ class ConstrainedTrainer(CorrectedTrainer):
             logger.warning("the radii differ from those of the checkpoint; training goes on with the new ones")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.constraints and self.args.should_save:
+        if self.constraints:
             # First the reference, then the record that names it, then the checkpoint, whose
             # trainer_state.json comes last: whatever is complete can be resumed.
             run, constraints = Path(self._get_output_dir(trial)), self.constraints
             if self._saved_reference != (run, constraints):
-                save_reference(constraints.reference, run)
+                reference = gathered(constraints.reference, keep=self.args.should_save)
+                if self.args.should_save:
+                    save_reference(reference, run)
+                    self._reference_digest = reference_digest(reference)
                 self._saved_reference = (run, constraints)
-                self._reference_digest = reference_digest(constraints.reference)
-            record = ConstraintRecord(self._reference_digest, constraints.norm, constraints.radii, constraints.fresh)
-            record.save(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            if self.args.should_save:
+                record = ConstraintRecord(
+                    self._reference_digest, constraints.norm, constraints.radii, constraints.fresh
+                )
+                record.save(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         super()._save_checkpoint(model, trial)

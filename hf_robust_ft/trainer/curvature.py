@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..curvature import HessianReport, MeasurementStopped
-from ..features import setting
+from ..features import IN_PREPARE, setting
 from ..hessian_measurement import (
     EXAMPLES,
     ExampleSet,
@@ -26,7 +26,7 @@ from ..hessian_measurement import (
 from ..hessian_measurement import FILE as REPORT_FILE
 from ..noisy_evaluation import estimates_clean_accuracy
 from ..processes import Processes
-from ..reference import ReferenceMismatch
+from ..reference import ReferenceMismatch, gathered
 from ..snapshot import snapshot
 from .radius import RadiusTrainer
 
@@ -86,8 +86,8 @@ class MeasuringTrainer(RadiusTrainer):
         """
         if self._sharded_by is not None:
             raise ValueError(
-                f"measure_hessian does not work with {self._sharded_by}, as no process holds a whole layer; save the "
-                "model, load it in one process, and call hf_robust_ft.measure_hessian there"
+                f"measure_hessian does not work with {self._sharded_by}, {IN_PREPARE}; save the model, load it in each "
+                "process, and call hf_robust_ft.measure_hessian there"
             )
         _, restore = snapshot(None)
         try:
@@ -198,9 +198,11 @@ class MeasuringTrainer(RadiusTrainer):
                 logger.warning("%s; the curvature will be measured from the weights of the base model", error)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self._start is not None and self.args.should_save:
+        if self._start is not None:
             run = Path(self._get_output_dir(trial))
             if self._saved_start is None or self._saved_start[0] != run:
-                self._saved_start = run, save_start(self._start, run)
-            record_start(self._saved_start[1], run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+                start = gathered(self._start, keep=self.args.should_save)
+                self._saved_start = run, save_start(start, run) if self.args.should_save else ""
+            if self.args.should_save:
+                record_start(self._saved_start[1], run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         super()._save_checkpoint(model, trial)

@@ -1,0 +1,78 @@
+"""Weights of which each process holds a shard: the ``DTensor`` of FSDP2 (``fully_shard``) and tensor parallelism.
+
+All processes must call what adds up or gathers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether other processes hold other parts of it."""
+    return isinstance(tensor, DTensor)
+
+
+def has_shards(model: nn.Module) -> bool:
+    """Whether other processes hold other parts of some of its weights."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def shard(tensor: Tensor) -> Tensor:
+    """What this process holds: the tensor itself where it is not sharded. Shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, on every process; the tensor itself where it is not sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor in type, device and shards of another one; whole, if that is.
+
+    Args:
+        tensor: whole and the same on all processes, or sharded in the same way.
+    """
+    if not isinstance(other, DTensor):
+        return whole(tensor).to(other)
+    tensor = tensor.to(other.device, other.dtype)
+    if isinstance(tensor, DTensor):
+        return tensor
+    # Each process cuts its own part out: nothing is sent.
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def over_shards(value: Tensor, weight: Tensor, how: Literal["sum", "max"] = "sum") -> Tensor:
+    """Sum or maximum, over the processes that hold different parts of a weight, of what each found of its own part."""
+    if not isinstance(weight, DTensor):
+        return value
+    placements = [Replicate() if p.is_replicate() else Partial(how) for p in weight.placements]
+    return DTensor.from_local(value, weight.device_mesh, placements, run_check=False).full_tensor()
+
+
+def over_shards_at_once(values: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Sums as :func:`over_shards` gives, of one number for each weight, by one reduction for all weights alike."""
+    alike: dict[object, list[int]] = {}
+    for i, weight in enumerate(weights):
+        if isinstance(weight, DTensor):
+            alike.setdefault((weight.device_mesh, weight.placements), []).append(i)
+    found = list(values)
+    for places in alike.values():
+        summed = over_shards(torch.stack([values[i] for i in places]), weights[places[0]])
+        for i, value in zip(places, summed, strict=True):
+            found[i] = value
+    return found
+
+
+def sharded_dims(weight: Tensor) -> tuple[int, ...]:
+    """The dimensions along which a weight is cut."""
+    if not isinstance(weight, DTensor):
+        return ()
+    dims = (getattr(placement, "dim", None) for placement in weight.placements)  # of a replica there is none
+    return tuple({dim % weight.dim() for dim in dims if dim is not None})

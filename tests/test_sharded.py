@@ -1,0 +1,114 @@
+"""A model that FSDP2 shards over two real processes trains and is measured as the whole one is in one process."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchrun import results, run
+from transformers.distributed import DistributedConfig
+
+from hf_robust_ft import layer_quadratic_forms
+from hf_robust_ft.curvature.placement import unwrapped
+
+SHARDS_BY_ITSELF = "fsdp_size" in {field.name for field in dataclasses.fields(DistributedConfig)}
+needs_sharding = pytest.mark.skipif(not SHARDS_BY_ITSELF, reason="needs a transformers that shards models by FSDP2")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs")
+    names = ["projection", "half", "measurement"]
+    run("sharded.py", out, 1, *names, "base", "trainer", "reading")
+    run("sharded.py", out, 2, *names, *(["trainer", "refusals", "reading"] if SHARDS_BY_ITSELF else []))
+    return out
+
+
+def _close(got: Any, expected: Any, where: str) -> None:
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys(), where
+        for key, value in expected.items():
+            _close(got[key], value, f"{where}.{key}")
+    elif isinstance(expected, list) and expected and isinstance(expected[0], (list, float)):
+        assert len(got) == len(expected), where
+        for i, value in enumerate(expected):
+            _close(got[i], value, f"{where}[{i}]")
+    elif isinstance(expected, float):
+        assert got == pytest.approx(expected, rel=1e-6, abs=1e-12), where
+    else:
+        assert got == expected, where
+
+
+@pytest.mark.multiprocess
+def test_shards_are_projected_as_whole_weights_are(runs: Path) -> None:
+    (whole,) = results(runs, "projection", 1)
+    first, second = results(runs, "projection", 2)
+    assert first == second
+    _close(first, whole, "projection")
+    for name, case in first.items():
+        assert case["again"], name  # projecting twice is projecting once, bit for bit
+        assert case["active"] or name == "zero", name
+        for layer, distance in case["distances"].items():
+            assert distance <= case["radii"].get(layer, float("inf")) * (1 + 1e-9), (name, layer)
+
+
+@pytest.mark.multiprocess
+def test_half_precision_shards_stay_inside(runs: Path) -> None:
+    for rank in results(runs, "half", 2):
+        assert len(rank["inside"]) == 16
+        assert all(rank["inside"])
+
+
+@pytest.mark.multiprocess
+def test_a_sharded_model_is_measured_as_the_whole_one(runs: Path) -> None:
+    (whole,) = results(runs, "measurement", 1)
+    first, second = results(runs, "measurement", 2)
+    assert first == second
+    _close(first, whole, "measurement")
+    assert len(first["positive"]) == len(first["upper"]) == 17
+    assert first["unchanged"] == [True, True]
+    assert first["error"].startswith("ValueError: label 9 lies outside 0..2")
+
+
+@needs_sharding
+@pytest.mark.multiprocess
+def test_the_trainer_trains_shards_as_the_whole(runs: Path) -> None:
+    """Radius, pull, corrected loss, noise, measurement and bounds; the stored reference is that of the whole model."""
+    (whole,) = results(runs, "trainer", 1)
+    first, second = results(runs, "trainer", 2)
+    assert first == second
+    assert [whole.pop("sharded"), first.pop("sharded")] == [False, True]
+    assert len(first["grad_norm"]) == 4
+    assert first["active"]
+    _close(first, whole, "trainer")
+
+
+@needs_sharding
+@pytest.mark.multiprocess
+def test_the_base_model_of_a_sharded_model_is_read_again(runs: Path) -> None:
+    (whole,) = results(runs, "reading", 1)
+    assert all(rank == whole for rank in results(runs, "reading", 2))
+    assert "bert.pooler.dense.weight" in whole["names"]
+
+
+@needs_sharding
+@pytest.mark.multiprocess
+def test_what_shards_do_not_allow_is_refused_before_training(runs: Path) -> None:
+    for rank in results(runs, "refusals", 2):
+        for name in ("estimate", "posterior"):
+            assert "needs features that each process computes by itself" in rank[name]
+            assert "give its file as noise_transition" in rank[name]
+        assert rank["auto"].startswith("ValueError: layer_radius='auto' trains several times from the same weights")
+
+
+def test_deepspeed_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    model.weight.ds_id = 0  # the mark that ZeRO-3 leaves on weights that it takes apart
+    with pytest.raises(ValueError, match=r"model is sharded by DeepSpeed ZeRO-3.*shard it by FSDP2"):
+        unwrapped(model)
+    with pytest.raises(ValueError, match=r"model is sharded by DeepSpeed ZeRO-3"):
+        layer_quadratic_forms(model, (torch.ones(1, 3), torch.zeros(1, dtype=torch.long)), model.state_dict())

@@ -18,11 +18,16 @@ LIMIT = 120
 
 def run(worker: str, out: Path, processes: int, *names: str) -> None:
     """Start the worker in this many processes; it leaves one JSON file for each name and process."""
+    launch(WORKERS / worker, processes, str(out), str(processes), *names)
+
+
+def launch(script: Path, processes: int, *arguments: str) -> None:
+    """Run a script in this many processes."""
     launcher = [] if processes == 1 else [*TORCHRUN, str(processes)]
     # Trainers of other tests in this process leave settings for accelerate in the environment.
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("ACCELERATE_", "FSDP_"))}
     with subprocess.Popen(
-        [sys.executable, *launcher, str(WORKERS / worker), str(out), str(processes), *names],
+        [sys.executable, *launcher, str(script), *arguments],
         env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -10,8 +10,9 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
+from ..adapters import find_adapters
 from ..layers import Layer, NotALayer, find_layers
-from ..reference import ReferenceMismatch
+from ..reference import ReferenceMismatch, adapted_way, stored_weight
 
 Layers = Literal["weights", "blocks"] | Mapping[str, str | Sequence[str]]
 """Each weight alone, each block of the model as one layer, or name → pattern(s) of the weights that form it."""
@@ -29,8 +30,10 @@ def group_layers(model: nn.Module, layers: Layers) -> tuple[list[Group], list[No
     """The layers to measure, and every trained parameter that belongs to none of them.
 
     Raises:
-        ValueError: a model without a trained layer, an unknown name, or a pattern that matches no layer.
+        ValueError: a model without a trained layer, an unknown name, a pattern that matches no layer, or adapters
+            other than plain LoRA.
     """
+    find_adapters(model).refuse("curvature", "Measure the model that merge_and_unload() makes of it, all of it trained")
     found, left_out = find_layers(model)
     if not found:
         raise ValueError("model has no trained layer (every weight matrix is frozen): there is nothing to measure")
@@ -80,6 +83,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:
     """``V = W - W_ref`` of every weight, by parameter name, at least float32, on the weight's device.
 
+    With W merged where there is an adapter; of such a layer the reference may lack the weight, as that didn't move.
+
     Raises:
         ReferenceMismatch: weights that the reference lacks, or has in another shape; the message names them.
     """
@@ -89,14 +94,18 @@ def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Modu
     missing, misshapen, infinite = [], [], []
     for layer in (layer for group in groups for layer in group.members):
         weight = layer.parameter.detach()
-        base = next((reference[name] for name in (layer.name, *layer.tied) if name in reference), None)
-        if base is None:
+        base = stored_weight(layer, reference)
+        if base is None and layer.adapter is None:
             missing.append(layer.name)
-        elif base.shape != weight.shape:
+        elif base is not None and base.shape != weight.shape:
             misshapen.append(f"{layer.name} ({tuple(base.shape)} there, {tuple(weight.shape)} in the model)")
         else:
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            way = weight.to(dtype) - base.detach().to(weight.device, dtype)
+            if layer.adapter is not None:
+                way = adapted_way(layer, reference, dtype)
+            else:
+                assert base is not None
+                way = weight.to(dtype) - base.detach().to(weight.device, dtype)
             if not way.norm().isfinite():
                 infinite.append(layer.name)
             ways[layer.name] = way

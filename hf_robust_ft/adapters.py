@@ -43,7 +43,7 @@ class LowRank:
     @property
     def base(self) -> nn.Module:
         """The layer itself."""
-        return self._member("base_layer")
+        return self.wrapper.get_submodule("base_layer")
 
     @property
     def weight(self) -> nn.Parameter:
@@ -96,12 +96,11 @@ class LowRank:
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """Of the layer with what the adapter adds to it (``lora_bias``); None if it adds nothing."""
-        added = None if self._is_embedding else self._member("lora_B")[self.adapter].bias
+        added: Tensor | None = None if self._is_embedding else self._member("lora_B")[self.adapter].bias
         if added is None:
             return None
-        added = added.detach().to(dtype) * self.scale
-        own = self.base.bias
-        return added if own is None else own.detach().to(dtype) + added  # type: ignore[operator]
+        own: Any = self.base.bias
+        return added.detach().to(dtype) * self.scale + (0 if own is None else own.detach().to(dtype))
 
     @property
     def left(self) -> tuple[str, nn.Parameter]:
@@ -260,7 +259,7 @@ def merged_name(name: str, model: nn.Module) -> str:
             kept.append(part)
         elif part == "modules_to_save":  # and the name of the adapter
             module, part = module._modules.get(part), parts.pop(0) if parts else ""
-        elif part not in ("base_model", "model", "base_layer", "original_module"):
+        elif part not in ("base_model", "model", "base_layer", "original_module", "token_adapter"):
             kept.append(part)
         module = None if module is None else module._modules.get(part)
     return ".".join(kept)

@@ -1,7 +1,7 @@
 """Changes of a weight that are a product of two thin factors, ``Δ = s L R`` (LoRA): norms, projection, penalty.
 
 With L of shape [rows, rank] and R of shape [rank, columns], nothing of the size of Δ is needed for its Frobenius norm,
-``‖L R‖² = ⟨Lᵀ L, R Rᵀ⟩``. Scaling L by c scales Δ by c, so the nearest point of a ball around zero is reached by L alone.
+``‖L R‖² = ⟨Lᵀ L, R Rᵀ⟩``. Scaling L scales Δ, so the nearest point of a ball around zero is reached by L alone.
 Balls: see :mod:`~hf_robust_ft.projection`. LoRA: Hu et al. 2022 (arXiv 2106.09685).
 """
 
@@ -33,10 +33,10 @@ def product_norm(left: Tensor, right: Tensor, scale: float, norm: Norm) -> float
 def project_product_(left: Tensor, right: Tensor, scale: float, radius: float, norm: Norm) -> None:
     """Move ``Δ = s L R`` into the ball of ``radius`` around zero by scaling L in place; by rows for ``"inf_op"``.
 
-    ``L ← min(1, α / ‖Δ‖) L``, which is the Euclidean projection of Δ. A product inside the ball is left bit for bit as it
-    is, and projecting twice is projecting once. Rounding L can add to ‖Δ‖ up to ``ε s ‖L‖ ‖R‖``, so that is left as
-    a distance from the ball: about nothing in float32, and in half precision, where rounding could else undo the whole
-    step, ``ε ‖L‖ ‖R‖ / ‖L R‖`` of the radius (bfloat16: one or two percent).
+    ``L ← min(1, α / ‖Δ‖) L``, which is the Euclidean projection of Δ. A product inside the ball is left bit for bit as
+    it is, and projecting twice is projecting once. Rounding L can add up to ``ε/2 s ‖L‖ ‖R‖`` to ‖Δ‖, so Δ is aimed
+    that much farther inside: next to nothing in float32. In half precision, where rounding could else undo the whole
+    step, it is ``ε/2 ‖L‖ ‖R‖ / ‖L R‖`` of the radius, in bfloat16 some percent.
 
     Args:
         left: edited in place; further arguments as in :func:`product_norm`.
@@ -81,6 +81,6 @@ def _reach(left: Tensor, right: Tensor, scale: float, norm: Norm) -> tuple[Tenso
         return scale * square.clamp(min=0).sqrt(), scale * sizes, scale * length * left.numel() ** 0.5
     lengths = right.abs().sum(1, keepdim=True)
     block = CPU_BLOCK if left.device.type == "cpu" else GPU_BLOCK
-    some = left.split(max(1, block // max(1, right.shape[1])))  # Δ in blocks of rows
+    some = torch.split(left, max(1, block // max(1, right.shape[1])))  # Δ in blocks of rows
     sums = torch.cat([(rows @ right).abs_().sum(1, keepdim=True) for rows in some])
     return scale * sums, scale * (left.abs() @ lengths), scale * lengths.sum()

@@ -87,7 +87,7 @@ class LowRank:
     def change(self, dtype: torch.dtype, state: Mapping[str, Tensor] | None = None) -> Tensor:
         """Δ, of the shape of the weight: now, or of the factors in a state dict, where it has them (else zero)."""
         found = [factor if state is None else state.get(name) for name, factor in self.factors.items()]
-        up, down = (None if factor is None else factor.detach().to(self.weight.device, dtype) for factor in found)
+        up, down = (None if factor is None else factor.to(self.weight.device, dtype) for factor in found)
         if up is None or down is None:
             return torch.zeros_like(self.weight, dtype=dtype, requires_grad=False)
         left, right = self._sides(up, down)
@@ -114,6 +114,7 @@ class LowRank:
 
     def _sides(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         """L and R, of which L is a view: the kernel of B is 1 × 1."""
+        up, down = up.detach(), down.detach()
         return (down.t(), up.t()) if self._is_embedding else (up.flatten(1), down.flatten(1))
 
     def _member(self, name: str) -> Any:

@@ -212,7 +212,7 @@ def test_projection_is_that_of_the_dense_change(name: str, norm: Norm) -> None:
     constraints = LayerConstraints(model, {"*": radius}, norm=norm)
     rows = {layer.name: layer.row_dims for layer in find_layers(model)[0]}
     found = constraints.distances()
-    others = {n: p.clone() for n, p in model.named_parameters() if "lora_" not in n and "head" not in n}
+    others = {n: p.clone() for n, p in model.named_parameters() if "lora_" not in n and "modules_to_save" not in n}
     constraints.project_()
     after = changes(model)
     for layer, change in before.items():
@@ -225,9 +225,10 @@ def test_projection_is_that_of_the_dense_change(name: str, norm: Norm) -> None:
         assert torch.allclose(after[layer], keep * change, rtol=2e-5, atol=1e-12)
         assert dense_norm(after[layer], norm, rows[layer]) <= radius
     now = dict(model.named_parameters())
-    assert all(torch.equal(now[n], p) for n, p in others.items() if "classifier" not in n and "score" not in n)
-    if norm == "frobenius":
-        assert layer_distances(model, reference) == pytest.approx(constraints.distances(), abs=1e-12)
+    assert all(torch.equal(now[n], p) for n, p in others.items())
+    now_distances = layer_distances(model, reference)
+    for layer, change in after.items():
+        assert now_distances[layer] == pytest.approx(change.norm().item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -308,7 +309,7 @@ def test_what_is_not_finite_is_left_for_the_user_to_see() -> None:
     left[2, 1] = math.nan
     before = left.clone()
     project_product_(left, right, 1.0, 0.1, "frobenius")
-    assert torch.equal(left, before) or torch.equal(left.nan_to_num(), before.nan_to_num())
+    assert torch.equal(left.nan_to_num(), before.nan_to_num())
     project_product_(left, right, 1.0, 0.1, "inf_op")
     assert left[2].isnan().any()
     assert dense_norm((left @ right)[:2], "inf_op", (0,)) <= 0.1
@@ -419,7 +420,7 @@ def test_a_radius_is_chosen_for_adapters(tmp_path: Path) -> None:
     assert trainer.constraints.radii == pytest.approx(
         {} if math.isinf(radius) else {n: radius * b for n, b in base.items()}
     )
-    assert len(trainer.radius_choice.scores) > 1
+    assert len(trainer.radius_choice.candidates) == 4
 
 
 RESUMED = {"save_strategy": "steps", "save_steps": 2, "layer_radius": {"*": 0.02}, "hessian_examples": 3}
@@ -517,7 +518,7 @@ def test_reports_traces_and_eigenvalues_are_those_of_the_merged_model() -> None:
         assert layer.positive.maximum == pytest.approx(wanted.positive.maximum, rel=1e-10)
     traces = [hessian_trace(m, [BATCH], probes=3) for m in (model, other)]
     assert_agree(traces[0].samples.T, traces[1].samples.T, 1e-10)
-    pairs = [top_eigenpairs(m, [BATCH], 1) for m in (model, other)]
+    pairs = [top_eigenpairs(m, [BATCH]) for m in (model, other)]
     assert torch.allclose(pairs[0].values, pairs[1].values, rtol=1e-6)
     bounds = [
         report_bounds(report, 24, model=m, reference=reference, margin=0.1)
@@ -575,21 +576,19 @@ def test_half_precision_is_measured_in_float32(dtype: torch.dtype) -> None:
 
 def test_the_adapter_is_back_after_an_error() -> None:
     model, reference = adapted()
+    expected = model.eval()(input_ids=BATCH["input_ids"]).logits
     before = Snapshot(model)
+    value = model.get_base_model().bert.encoder.layer[1].attention.self.value.base_layer
+    hook = value.register_forward_hook(failing)
     with pytest.raises(ValueError, match="nothing to be seen"):
-        layer_quadratic_forms(model, BATCH, reference, loss=failing)
+        layer_quadratic_forms(model, BATCH, reference)
+    hook.remove()
     before.check()
-    assert torch.equal(model.eval()(input_ids=BATCH["input_ids"]).logits, logits(reference, model))
+    assert torch.equal(model(input_ids=BATCH["input_ids"]).logits, expected)
 
 
-def failing(logits: Tensor, labels: Tensor) -> Tensor:
+def failing(*_: Any) -> Any:
     raise ValueError("nothing to be seen")
-
-
-def logits(reference: dict[str, Tensor], model: Any) -> Tensor:
-    """By a model that was never measured."""
-    other, _ = adapted()
-    return other.eval()(input_ids=BATCH["input_ids"]).logits  # type: ignore[no-any-return]
 
 
 def test_an_adapted_weight_that_another_layer_shares_is_measured_alone() -> None:
@@ -625,7 +624,7 @@ def test_the_trainer_measures_from_the_base_weights(tmp_path: Path) -> None:
     assert names == [layer.name for layer in find_layers(merged(model))[0]]
     assert {layer.name: layer.distance for layer in report.layers} == pytest.approx(layer_distances(model, reference))
     assert {other.name for other in report.left_out} == {"classifier.bias"}
-    assert trainer.state.log_history[-2]["train_hessian_total"] > 0 or report.layers
+    assert any("train_hessian_in_bert.encoder.layer.1" in entry for entry in trainer.state.log_history)
     trainer.create_model_card()
     text = (tmp_path / "README.md").read_text()
     assert "lora_A" not in text
@@ -642,7 +641,7 @@ def test_the_trainer_measures_from_the_base_weights(tmp_path: Path) -> None:
 def test_base_weights_that_nothing_kept() -> None:
     model, _ = adapted()
     model.get_base_model().bert.pooler.dense.weight.requires_grad_()
-    with pytest.raises(ReferenceMismatch, match=r"keeps no base weights of bert\.pooler\.dense\.weight, which are trained"):
+    with pytest.raises(ReferenceMismatch, match=r"keeps no base weights of bert\.pooler\.dense\.weight, which are"):
         base_weights(model)
 
 

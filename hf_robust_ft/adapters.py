@@ -22,6 +22,11 @@ from .projection import Norm
 LORA_LAYERS = {f"peft.tuners.lora.layer.{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")}
 # Beginnings of `init_lora_weights` that take the adapter's first change off the base weight.
 MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# A base weight of another type is quantized, and not what its layer multiplies by.
+PLAIN_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+NOT_ACTIVE = "of an adapter that is not active"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,14 +90,19 @@ class LowRank:
             factor.grad.add_(pull, alpha=penalty)
 
     def change(self, dtype: torch.dtype, state: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Δ, of the shape of the weight: now, or of the factors in a state dict, where it has them (else zero)."""
+        """Δ, of the shape of the weight: now, or of the factors in a state dict, where it has them (else zero).
+
+        Multiplied in float64: a GPU that may use TF32 would be off by a thousandth.
+        """
         found = [factor if state is None else state.get(name) for name, factor in self.factors.items()]
-        up, down = (None if factor is None else factor.to(self.weight.device, dtype) for factor in found)
+        up, down = (None if factor is None else factor.to(self.weight.device, torch.float64) for factor in found)
         if up is None or down is None:
             return torch.zeros_like(self.weight, dtype=dtype, requires_grad=False)
         left, right = self._sides(up, down)
-        product = left @ right * self.scale
-        return (product.t() if getattr(self.wrapper, "fan_in_fan_out", False) else product).reshape(self.weight.shape)
+        product = (left @ right).mul_(self.scale).to(dtype)
+        # An embedding's L and R are transposed already.
+        turned = not self._is_embedding and getattr(self.wrapper, "fan_in_fan_out", False)
+        return (product.t() if turned else product).reshape(self.weight.shape)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """Of the layer with what the adapter adds to it (``lora_bias``); None if it adds nothing."""
@@ -160,8 +170,11 @@ def find_adapters(model: nn.Module) -> Adapters:
     for path, module in model.named_modules():
         if {"modules_to_save", "original_module"} <= module._modules.keys() and _is_peft(module):
             original = module.get_submodule("original_module")
-            for copy in module.get_submodule("modules_to_save").children():
-                found.originals.update(zip(copy.parameters(), original.parameters(), strict=False))
+            for adapter, copy in module.get_submodule("modules_to_save").named_children():
+                if adapter in _active(module):
+                    found.originals.update(zip(copy.parameters(), original.parameters(), strict=False))
+                else:
+                    found.strays.update(dict.fromkeys(copy.parameters(), NOT_ACTIVE))
         elif "base_layer" in module._modules and hasattr(module, "adapter_layer_names"):
             _sort(module, path, merged_name(f"{path}.base_layer.weight".lstrip("."), model), configs, found)
     _refuse_shared(found)
@@ -182,7 +195,7 @@ def _sort(module: nn.Module, path: str, name: str, configs: Mapping[str, Any], f
     if kind not in LORA_LAYERS:
         reason = f"{name} has an adapter of the kind {kind}"
     else:
-        active = [] if wrapper.disable_adapters else [a for a in wrapper.active_adapters if a in wrapper.scaling]
+        active = [adapter for adapter in _active(module) if adapter in wrapper.scaling]
         factors: set[nn.Parameter] = set()
         reason = None
         if len(active) > 1:
@@ -195,10 +208,15 @@ def _sort(module: nn.Module, path: str, name: str, configs: Mapping[str, Any], f
                 factors.update(layer.factors.values())
         for parameter, short in own.items():
             if reason is None and parameter not in factors and not short.endswith("bias"):
-                found.strays[parameter] = "factor of an adapter that is not active"
+                found.strays[parameter] = NOT_ACTIVE
     if reason is not None:
         found.problems.append(reason)
         found.strays.update(dict.fromkeys(own, "part of an adapter whose change is no plain product"))
+
+
+def _active(module: Any) -> list[str]:
+    """Names of the adapters that a wrapper of PEFT applies."""
+    return [] if module.disable_adapters else list(module.active_adapters)
 
 
 def _why_no_product(layer: LowRank, config: Any) -> str | None:
@@ -213,6 +231,8 @@ def _why_no_product(layer: LowRank, config: Any) -> str | None:
         return f"{layer.name} has an adapter on an adapter"
     if base.weight.requires_grad:
         return f"the base weight {layer.name} is trained beside its adapter"
+    if base.weight.dtype not in PLAIN_TYPES:
+        return f"the base weight {layer.name} is quantized ({base.weight.dtype})"
     start = getattr(config, "init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(MOVES_THE_BASE):
         return f"init_lora_weights='{start}' has moved the base weight {layer.name}, which is no reference any more"
@@ -230,7 +250,8 @@ def _refuse_shared(found: Adapters) -> None:
     owners: dict[int, str] = {}
     for layer in found.products:
         for factor in layer.factors.values():
-            owner = owners.setdefault(factor.untyped_storage()._cdata, layer.name)
+            # Shards of a distributed tensor have no address.
+            owner = owners.setdefault(factor.data_ptr(), layer.name) if type(factor.data) is Tensor else layer.name
             if owner != layer.name:
                 found.problems.append(f"the adapters of {owner} and {layer.name} share a factor")
 
@@ -258,7 +279,7 @@ def merged_name(name: str, model: nn.Module) -> str:
         part = parts.pop(0)
         if module is None or not _is_peft(module):
             kept.append(part)
-        elif part == "modules_to_save":  # and the name of the adapter
+        elif part == "modules_to_save" and (not parts or parts[0] in _active(module)):  # and the name of the adapter
             module, part = module._modules.get(part), parts.pop(0) if parts else ""
         elif part not in ("base_model", "model", "base_layer", "original_module", "token_adapter"):
             kept.append(part)

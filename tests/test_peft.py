@@ -671,6 +671,13 @@ def with_trained_base() -> Any:
     return model
 
 
+def with_quantized_base() -> Any:
+    model = peft.get_peft_model(tiny.bert(), lora())
+    query = model.get_base_model().bert.encoder.layer[0].attention.self.query.base_layer
+    query.weight = nn.Parameter(query.weight.detach().to(torch.int8), requires_grad=False)
+    return model
+
+
 def with_shared_factor() -> Any:
     model = peft.get_peft_model(tiny.bert(), lora())
     first, second = (
@@ -715,6 +722,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "init_lora_weights='pissa' has moved the base weight bert",
     ),
     "base": (with_trained_base, r"the base weight bert\..*query\.weight is trained beside its adapter"),
+    "quantized": (with_quantized_base, r"the base weight bert\..*query\.weight is quantized \(torch\.int8\)"),
     "shared": (with_shared_factor, "share a factor"),
     "dilation": (lambda: with_convolution(dilation=2), r"the convolution 0\.weight does not share its dilation"),
     "groups": (lambda: with_convolution(groups=2), r"the convolution 0\.weight does not share its groups"),
@@ -749,14 +757,19 @@ def test_changes_that_are_no_plain_product_are_refused(refused: tuple[Any, str])
 
 
 def test_an_adapter_that_is_not_active_has_its_place() -> None:
-    model = peft.get_peft_model(tiny_bert(), lora())
-    model.add_adapter("other", lora(target_modules=["query", "value"]))
+    model = peft.get_peft_model(tiny_bert(), lora(modules_to_save=["classifier"]))
+    model.add_adapter("other", lora(target_modules=["query", "value"], modules_to_save=["classifier"]))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
     layers, others = find_layers(model)
-    assert [layer.name for layer in layers] == [QUERY, QUERY.replace(".0.", ".1.")]
-    assert {other.reason for other in others} == {"factor of an adapter that is not active"}
-    assert len(others) == 8
+    assert [layer.name for layer in layers] == [QUERY, QUERY.replace(".0.", ".1."), "classifier.weight"]
+    assert [other.reason for other in others].count("of an adapter that is not active") == 8 + 2
+    assert [other.name for other in others if other.reason == "bias"] == ["classifier.bias"]
+    assert "classifier.modules_to_save.other.weight" in {other.name for other in others}
+    found = layer_quadratic_forms(model, BATCH, {"classifier.weight": torch.zeros(3, 16)})
+    assert found.layers == tuple(layer.name for layer in layers)
+    with model.disable_adapter():
+        assert not find_adapters(model).products
 
 
 def test_a_factor_that_is_frozen_can_not_be_scaled() -> None:

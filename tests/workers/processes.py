@@ -176,6 +176,7 @@ def adapters(out: Path) -> dict[str, Any]:
             layer_radius={"*query*": 0.01, "classifier": 0.02},
             hessian_examples=3,
             hessian_time_budget=0,
+            noise_transition=NOISE,
             learning_rate=0.01,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,

@@ -36,7 +36,8 @@ def layer_distances(model: nn.Module, reference: Mapping[str, Tensor]) -> dict[s
 
     Args:
         model: unwrapped.
-        reference: weights by parameter name, such as ``base_model.state_dict()``; more than are needed is fine.
+        reference: weights by parameter name, such as ``base_model.state_dict()``; more than are needed is fine. Of a
+            layer with a LoRA adapter the base weight is the reference, unless another is given.
 
     Returns:
         Distances in float64 by parameter name, in the model's order.

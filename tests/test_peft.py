@@ -32,7 +32,9 @@ from hf_robust_ft import (
 from hf_robust_ft.adapters import find_adapters, merged_name
 from hf_robust_ft.checkpoint import ConstraintRecord, last_complete_checkpoint
 from hf_robust_ft.curvature import layer_quadratic_forms, measure_hessian
+from hf_robust_ft.curvature.directions import group_layers
 from hf_robust_ft.curvature.engine import Kind
+from hf_robust_ft.curvature.model import Weights
 from hf_robust_ft.hessian_measurement import base_weights, start_weights
 from hf_robust_ft.low_rank import product_gradients, product_norm, project_product_
 from hf_robust_ft.projection import Norm
@@ -287,6 +289,18 @@ def test_products_of_all_sizes(norm: Norm, dtype: torch.dtype) -> None:
         assert torch.equal(left, once)
         if dtype == torch.float64 and dense_norm(dense, norm, (0,)) > radius:
             assert dense_norm(after, norm, (0,)) == pytest.approx(radius, rel=2e-5)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "inf_op"])
+def test_numbers_too_small_for_their_type_do_not_creep_out(norm: Norm) -> None:
+    """Rounded to nearest, a third of 3e-7 would be 1.2e-7 in float16, a fifth too much."""
+    left, right = torch.full((2, 1), 3e-7).half(), torch.full((1, 3), 100.0).half()
+    radius = dense_norm(left.double() @ right.double(), norm, (0,)) / 3
+    project_product_(left, right, 1.0, radius, norm)
+    once = left.clone()
+    assert dense_norm(left.double() @ right.double(), norm, (0,)) <= radius
+    project_product_(left, right, 1.0, radius, norm)
+    assert torch.equal(left, once)
 
 
 def test_rows_of_blocks_are_those_of_the_whole() -> None:
@@ -589,6 +603,13 @@ def test_the_adapter_is_back_after_an_error() -> None:
 
 def failing(*_: Any) -> Any:
     raise ValueError("nothing to be seen")
+
+
+def test_merged_weights_count_as_weights() -> None:
+    """Else the engine would take what is computed from them alone for activations, and travel in small chunks."""
+    model, _ = adapted()
+    weights = Weights(model, group_layers(model, "weights")[0])
+    assert {id(leaf) for leaf in weights.leaves} <= {id(tensor) for tensor in weights.all}
 
 
 def test_an_adapted_weight_that_another_layer_shares_is_measured_alone() -> None:

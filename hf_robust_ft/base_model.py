@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, PreTrainedModel
 
+from .adapters import find_adapters
 from .layers import Layer, find_layers
 from .reference import ReferenceMismatch
 from .snapshot import snapshot
@@ -74,6 +75,36 @@ def read_reference(model: PreTrainedModel, source: str | Path) -> tuple[dict[str
     state = {name: weight for name, weight in known.items() if name not in new and name not in zeros}
     centred = f"; {', '.join(sorted(zeros))}, which they lack, from zero" if zeros else ""
     return {**state, **zeros}, f"the weights of {source}{centred}"
+
+
+def kept_reference(model: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """The weights of the base model that a PEFT model keeps, of all trained layers, and what they are in words.
+
+    A freshly initialised head counts from zero, as in :func:`read_reference`.
+
+    Raises:
+        ReferenceMismatch: a layer that is trained in place, so that its first weights are gone.
+    """
+    originals = find_adapters(model).originals
+    kept: dict[str, Tensor] = {}
+    zeros, moved = [], []
+    for layer in find_layers(model)[0]:
+        if layer.adapter is not None:
+            kept[layer.name] = layer.parameter.detach()
+        elif layer.parameter not in originals:
+            moved.append(layer.name)
+        elif layer.fresh:
+            zeros.append(layer.name)
+            kept[layer.name] = torch.zeros_like(layer.parameter)
+        else:
+            kept[layer.name] = originals[layer.parameter].detach()
+    if moved:
+        raise ReferenceMismatch(
+            f"the model keeps no base weights of {_some(moved)}, which are trained without an adapter; give "
+            "measure_hessian(reference=…) a state dict of the base model, or set hessian_examples before training"
+        )
+    centred = f"; {', '.join(sorted(zeros))}, which it lacks, from zero" if zeros else ""
+    return kept, f"the weights of the base model{centred}"
 
 
 def _beneath_head(model: PreTrainedModel, layer: Layer) -> bool:

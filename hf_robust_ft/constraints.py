@@ -1,5 +1,5 @@
 """Layer-wise constraints ``‖W_i - W_i^ref‖ ≤ α_i``: radii, projection, and an audit of every parameter; and their
-soft form, a penalty on the distances.
+soft form, a penalty on the distances. A layer with a LoRA adapter is held by what the adapter adds to it.
 
 Source: equation 7 and algorithm 1 of Ju, Li & Zhang 2022; Li & Zhang 2021; Gouk et al. 2021; for the penalty Li,
 Grandvalet & Davoine 2018.
@@ -16,6 +16,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from .adapters import find_adapters
 from .layers import Layer, NotALayer, find_layers
 from .penalties import add_l2sp_gradient
 from .projection import Norm, distance, magnitude, project_, square_distance
@@ -43,6 +44,8 @@ class ConstraintRow:
     """Why there is no ball; None if there is one."""
     tied: tuple[str, ...] = ()
     """Other names of the same parameter."""
+    factors: tuple[str, ...] = ()
+    """Of a layer with a LoRA adapter, the names of the parameters that are trained in the place of its own."""
 
     @property
     def active(self) -> bool:
@@ -58,6 +61,7 @@ class ConstraintTable(tuple[ConstraintRow, ...]):
         cells = [header]
         for row in self:
             name = row.name if not row.tied else f"{row.name} (= {', '.join(row.tied)})"
+            name += " (LoRA)" if row.factors else ""
             shape = "×".join(map(str, row.shape))
             if row.free is not None:
                 distance = "" if row.distance is None else f"{row.distance:.4g}"
@@ -72,7 +76,10 @@ class ConstraintTable(tuple[ConstraintRow, ...]):
 
 @dataclass(frozen=True)
 class Ball:
-    """One constrained layer: its centre in memory, the centre's norm, and the radius that results."""
+    """One constrained layer: its centre in memory, the centre's norm, and the radius that results.
+
+    The centre of a layer with an adapter is its base weight, which doesn't move: no copy is kept.
+    """
 
     layer: Layer
     centre: Tensor
@@ -81,14 +88,37 @@ class Ball:
 
     def distance(self, norm: Norm) -> float:
         """``‖W_i - W_i^ref‖`` now, in float64."""
-        return distance(self.layer.parameter, self.centre, norm, self.layer.row_dims or (0,))
+        return _distance(self.layer, self.centre, norm)
+
+    def project_(self, norm: Norm, square: Tensor | None = None) -> None:
+        """Move the weight, or what an adapter adds to it, in place, into the ball.
+
+        Args:
+            square: see :func:`~.projection.project_`.
+        """
+        if self.layer.adapter is not None:
+            self.layer.adapter.project_(self.radius, norm)
+            return
+        project_(
+            self.layer.parameter,
+            self.centre,
+            self.radius,
+            norm,
+            reference_norm=self.centre_norm,
+            row_dims=self.layer.row_dims or (0,),
+            square=square,
+        )
 
 
 class LayerConstraints:
     """The balls around the layers of one model, and the penalty that pulls at them.
 
+    Where plain LoRA changes a weight to ``W + s B A``, the ball is ``‖s B A‖ ≤ α`` and the penalty ``λ/2 ‖s B A‖_F²``:
+    around the base weight, whatever the adapter started from. Projection scales B, or its rows under ``"inf_op"``,
+    which is the same as scaling the change.
+
     Args:
-        model: unwrapped.
+        model: unwrapped. With PEFT adapters, layers have the names that they have in the merged model.
         radius: see :data:`Radius`. A number holds for every layer but a freshly initialised one. In a
             mapping, the first pattern that matches a layer decides (shell wildcards, case counts, against
             the names of the parameter and of its module), and layers without a match are free.
@@ -104,8 +134,8 @@ class LayerConstraints:
 
     Raises:
         ValueError: a negative or NaN radius, a pattern without a match, a growth that is not positive, a
-            relative radius around zero weights, an adapter model, a layer without rows under ``"inf_op"``,
-            a penalty without a layer to pull at.
+            relative radius around zero weights, adapters other than plain LoRA, a layer without rows under
+            ``"inf_op"``, a penalty without a layer to pull at.
         ReferenceMismatch: a reference that lacks a layer or has another shape.
     """
 
@@ -128,6 +158,10 @@ class LayerConstraints:
             raise ValueError(f"radius_norm is {norm!r}; choose 'frobenius' or 'inf_op'")
         if mode not in ("absolute", "relative"):
             raise ValueError(f"radius_mode is {mode!r}; choose 'absolute' or 'relative'")
+        if radius is not None or penalty:
+            asked, off = ("layer_radius", "None") if radius is not None else ("l2sp_penalty", "0")
+            remedy = f"Use LoRA without variants, fine-tune the full weights, or set {asked}={off}"
+            find_adapters(model).refuse(asked, remedy)
         self.norm: Norm = norm
         layers, self._others = find_layers(model)
         if fresh is not None:
@@ -147,22 +181,21 @@ class LayerConstraints:
             raise ValueError(
                 f"l2sp_penalty is {penalty}, but the model has no pretrained weight matrix that is trained; set it to 0"
             )
-        if constrained and hasattr(model, "peft_config"):
-            raise ValueError(
-                "layer_radius is set on a PEFT model: a ball around one adapter factor does not bound the change "
-                "of the layer. Leave layer_radius=None with adapters, or fine-tune the full weights"
-            )
-        if self._pulled and hasattr(model, "peft_config"):
-            raise ValueError(
-                f"l2sp_penalty is {penalty} on a PEFT model: the distance that one adapter factor goes is not that of "
-                "the layer. Leave l2sp_penalty=0 with adapters, or fine-tune the full weights"
-            )
         held = {layer.name: layer for layer in (*(layer for layer, _ in constrained), *self._pulled)}
+        if any(layer.adapter is not None and is_sharded(layer.parameter) for layer in held.values()):
+            raise ValueError(
+                "layer_radius and l2sp_penalty of LoRA layers need whole factors, but the model is sharded; use DDP, as "
+                "the factors are small, or set layer_radius=None and l2sp_penalty=0"
+            )
         if reference is None or capture_missing:
             known = reference or {}
             missing = capture_reference(layer for name, layer in held.items() if name not in known)
             reference = {**known, **missing}
-        self._centres = {name: reference_weight(layer, reference) for name, layer in held.items()}
+        self._adapted = {name for name, layer in held.items() if layer.adapter is not None}
+        self._centres = {
+            name: layer.parameter.detach() if name in self._adapted else reference_weight(layer, reference)
+            for name, layer in held.items()
+        }
         self._balls = [
             _ball(layer, value * growth**layer.depth, norm, mode, self._centres[layer.name])
             for layer, value in constrained
@@ -174,8 +207,8 @@ class LayerConstraints:
 
     @property
     def reference(self) -> dict[str, Tensor]:
-        """The centres, by parameter name."""
-        return dict(self._centres)
+        """The centres, by parameter name; not of layers with an adapter, whose base weights are their centres."""
+        return {name: centre for name, centre in self._centres.items() if name not in self._adapted}
 
     @property
     def radii(self) -> dict[str, float]:
@@ -188,15 +221,7 @@ class LayerConstraints:
         Of sharded weights (FSDP2, tensor parallelism) each process moves its shard; all must call this.
         """
         for ball, square in zip(self._balls, self._square_distances(), strict=True):
-            project_(
-                ball.layer.parameter,
-                ball.centre,
-                ball.radius,
-                self.norm,
-                reference_norm=ball.centre_norm,
-                row_dims=ball.layer.row_dims or (0,),
-                square=square,
-            )
+            ball.project_(self.norm, square)
 
     def _square_distances(self) -> Sequence[Tensor | None]:
         """Those of sharded weights, by one reduction for all layers; None for what is as well found one by one."""
@@ -209,7 +234,10 @@ class LayerConstraints:
     def add_pull(self, scale: float = 1.0) -> None:
         """Add the gradient of the penalty, ``scale · λ (W_i - W_i^ref)``, to those of the layers."""
         for layer in self._pulled:
-            add_l2sp_gradient(layer.parameter, self._centres[layer.name], scale * self._penalty)
+            if layer.adapter is not None:
+                layer.adapter.add_l2sp_gradient(scale * self._penalty)
+            else:
+                add_l2sp_gradient(layer.parameter, self._centres[layer.name], scale * self._penalty)
 
     def distances(self) -> dict[str, float]:
         """``‖W_i - W_i^ref‖`` of each layer that is held now, in float64, by parameter name.
@@ -222,7 +250,7 @@ class LayerConstraints:
         """Of the layers that have no ball."""
         balls = self.radii
         return {
-            layer.name: distance(layer.parameter, self._centres[layer.name], "frobenius")
+            layer.name: _distance(layer, self._centres[layer.name], "frobenius")
             for layer in self._pulled
             if layer.name not in balls
         }
@@ -239,12 +267,14 @@ class LayerConstraints:
                 distance=ball.distance(self.norm),
                 free=None,
                 tied=ball.layer.tied,
+                factors=_factors(ball.layer),
             )
             for ball in self._balls
         ]
         pulled = self._pulled_distances()
         for layer, reason in self._free:
-            free = ConstraintRow(layer.name, tuple(layer.parameter.shape), None, None, None, None, reason, layer.tied)
+            shape, factors = tuple(layer.parameter.shape), _factors(layer)
+            free = ConstraintRow(layer.name, shape, None, None, None, None, reason, layer.tied, factors)
             if layer.name in pulled:
                 free = replace(
                     free,
@@ -258,7 +288,22 @@ class LayerConstraints:
         return ConstraintTable(rows)
 
 
+def _factors(layer: Layer) -> tuple[str, ...]:
+    return () if layer.adapter is None else tuple(layer.adapter.factors)
+
+
+def _distance(layer: Layer, centre: Tensor, norm: Norm) -> float:
+    if layer.adapter is not None:
+        return layer.adapter.norm(norm)
+    return distance(layer.parameter, centre, norm, layer.row_dims or (0,))
+
+
 def _ball(layer: Layer, radius: float, norm: Norm, mode: str, centre: Tensor) -> Ball:
+    if layer.adapter is not None and not layer.adapter.left[1].requires_grad:
+        raise ValueError(
+            f"layer_radius holds {layer.name} by scaling a factor of its adapter, but {layer.adapter.left[0]} is "
+            "frozen; train it, or free the layer with a null radius"
+        )
     if norm == "inf_op" and layer.row_dims is None:
         raise ValueError(
             f"radius_norm='inf_op' has no rows in {layer.name} ({layer.kind}, shape "

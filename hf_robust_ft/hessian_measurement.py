@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, TrainingArguments
 
-from .base_model import read_reference
+from .adapters import find_adapters, without_adapters
+from .base_model import kept_reference, read_reference
 from .bounds.bound import Bound
 from .bounds.held_out import held_out_error
 from .checkpoint import STATE_FILE
@@ -51,7 +52,14 @@ MOST_HELD_OUT = 5000
 
 
 def start_weights(model: nn.Module, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The present weights of every trained layer by name; those already ``known`` are not copied again."""
+    """The present weights of every trained layer by name; those already ``known`` are not copied again.
+
+    Of a layer with a LoRA adapter nothing is kept: its base weight does not move.
+
+    Raises:
+        ValueError: other adapters, whose layers can't be measured.
+    """
+    find_adapters(model).refuse("hessian_examples", "Set it to 0, and measure the model that merge_and_unload() makes")
     layers, _ = find_layers(model)
     return {**capture_reference(layer for layer in layers if layer.name not in known), **known}
 
@@ -87,7 +95,8 @@ def load_start(checkpoint: Path) -> dict[str, Tensor]:
 def base_weights(model: nn.Module) -> tuple[dict[str, Tensor], str]:
     """The pretrained weights, read again from where the model was loaded from, and what they are in words.
 
-    A layer that they lack, such as a new head, starts at zero: any point that was fixed before training will do.
+    A layer that they lack, such as a new head, starts at zero: any point that was fixed before training will do. With
+    adapters nothing is read: the model still holds its base weights.
 
     Raises:
         ReferenceMismatch: the model does not say where it came from, or there is nothing there, or a training's own
@@ -97,6 +106,8 @@ def base_weights(model: nn.Module) -> tuple[dict[str, Tensor], str]:
         "give measure_hessian(reference=…) a state dict or the model that training started from, or set "
         "hessian_examples before training"
     )
+    if without_adapters(model) is not model:
+        return kept_reference(model)
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
     if not isinstance(model, PreTrainedModel) or not name:
         raise ReferenceMismatch(

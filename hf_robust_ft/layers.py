@@ -16,14 +16,18 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .adapters import LowRank, find_adapters, merged_name, without_adapters
+
 
 @dataclass(frozen=True)
 class Layer:
     """A trained weight matrix or kernel."""
 
     name: str
-    """Name of the parameter; of the first one where several names share it (tied weights)."""
+    """Name of the parameter; of the first one where several names share it (tied weights). In a model with adapters,
+    the name in the merged model."""
     parameter: nn.Parameter
+    """The weight itself; of a layer with an adapter the base weight, which is frozen."""
     kind: str
     """Class of the module that holds it, such as ``Linear``."""
     row_dims: tuple[int, ...] | None
@@ -37,6 +41,10 @@ class Layer:
     tell (a deep copy), it lies outside the base model. Models from elsewhere have no fresh layers."""
     tied: tuple[str, ...] = ()
     """Other names of the same parameter."""
+    stored: str = ""
+    """Its name in the model's own state dict, which adapters change."""
+    adapter: LowRank | None = None
+    """What is trained in place of the parameter, and added to it (LoRA)."""
 
     def matches(self, pattern: str) -> bool:
         """Whether a pattern (``*`` and ``?``) is the whole name of the parameter or of its module, also a tied one."""
@@ -60,6 +68,10 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], list[NotALayer]]:
     embeddings, ``Bilinear`` and, by shape, matrices held by other modules (``MultiheadAttention``,
     recurrent layers, stacked experts). Frozen parameters are left out; tied ones count once.
 
+    With PEFT adapters, names are those of the merged model. A weight that plain LoRA changes is one layer, whose two
+    factors are no parameters of their own; a module that is trained whole (``modules_to_save``) is like any other.
+    What other adapters train is among the others.
+
     Args:
         model: unwrapped (no DDP, no compiled wrapper).
 
@@ -67,18 +79,27 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], list[NotALayer]]:
         Layers and the others, each in the order of ``model.named_parameters()``. Running statistics of
         batch norm are among the others.
     """
-    modules = dict(model.named_modules())
-    names: dict[nn.Parameter, list[str]] = {}
+    adapters = find_adapters(model)
+    products = {factor: layer for layer in adapters.products for factor in layer.factors.values()}
+    # Of a wrapper and what it wraps, the latter comes later and stays.
+    modules = {merged_name(name, model): module for name, module in model.named_modules()}
+    names: dict[nn.Parameter | LowRank, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
+        if not parameter.requires_grad:
+            continue
+        if (adapter := products.get(parameter)) is not None:
+            names[adapter] = [f"{adapter.path}.base_layer.weight".lstrip(".")]
+        else:
             names.setdefault(parameter, []).append(name)
-    pretrained = _pretrained(model)
+    pretrained = _pretrained(without_adapters(model))
     blocks: dict[str, int] = {}
     layers: list[Layer] = []
     others: list[NotALayer] = []
-    for parameter, (name, *tied) in names.items():
+    for trained, (stored, *tied) in names.items():
+        adapter, parameter = (trained, trained.weight) if isinstance(trained, LowRank) else (None, trained)
+        name = merged_name(stored, model)
         module = modules[name.rpartition(".")[0]]
-        reason = _why_no_layer(name, parameter, module)
+        reason = adapters.strays.get(parameter) or _why_no_layer(name, parameter, module)
         if reason is not None:
             others.append(NotALayer(name, tuple(parameter.shape), reason))
             continue
@@ -91,8 +112,10 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], list[NotALayer]]:
                 row_dims=_row_dims(parameter, module),
                 block=block,
                 depth=blocks.setdefault(block, len(blocks)),
-                fresh=parameter not in pretrained,
-                tied=tuple(tied),
+                fresh=adapters.originals.get(parameter, parameter) not in pretrained,
+                tied=tuple(merged_name(other, model) for other in tied),
+                stored=stored,
+                adapter=adapter,
             )
         )
     others.extend(_batch_norm_statistics(modules))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .files import written_whole
 from .layers import Layer, find_layers
-from .projection import distance
+from .projection import distance, magnitude
 from .sharding import sharded_like, whole
 
 # The Trainer does not upload names that start with an underscore: readers have the base model.
@@ -25,8 +25,11 @@ class ReferenceMismatch(ValueError):
 
 
 def capture_reference(layers: Iterable[Layer]) -> dict[str, Tensor]:
-    """Copy the present weights of some layers: parameter name → tensor on the same device, sharded as they are."""
-    return {layer.name: layer.parameter.detach().clone() for layer in layers}
+    """Copy the present weights of some layers: parameter name → tensor on the same device, sharded as they are.
+
+    Not of layers with an adapter: their base weights don't move, and are the reference.
+    """
+    return {layer.name: layer.parameter.detach().clone() for layer in layers if layer.adapter is None}
 
 
 def layer_distances(model: nn.Module, reference: Mapping[str, Tensor]) -> dict[str, float]:
@@ -34,7 +37,8 @@ def layer_distances(model: nn.Module, reference: Mapping[str, Tensor]) -> dict[s
 
     Args:
         model: unwrapped.
-        reference: weights by parameter name, such as ``base_model.state_dict()``; more than are needed is fine.
+        reference: weights by parameter name, such as ``base_model.state_dict()``; more than are needed is fine. Of a
+            layer with a LoRA adapter the base weight is the reference, unless another is given.
 
     Returns:
         Distances in float64 by parameter name, in the model's order.
@@ -42,22 +46,37 @@ def layer_distances(model: nn.Module, reference: Mapping[str, Tensor]) -> dict[s
     Raises:
         ReferenceMismatch: a layer that the reference lacks, or has in another shape.
     """
-    layers, _ = find_layers(model)
-    return {layer.name: distance(layer.parameter, reference_weight(layer, reference), "frobenius") for layer in layers}
+    found: dict[str, float] = {}
+    for layer in find_layers(model)[0]:
+        if layer.adapter is None:
+            found[layer.name] = distance(layer.parameter, reference_weight(layer, reference), "frobenius")
+        else:
+            found[layer.name] = magnitude(adapted_way(layer, reference, torch.float64), "frobenius")
+    return found
+
+
+def stored_weight(layer: Layer, reference: Mapping[str, Tensor]) -> Tensor | None:
+    """The weight of a layer in a reference, by any of its names; None if it has none."""
+    return next((reference[name] for name in (layer.name, *layer.tied, layer.stored) if name in reference), None)
 
 
 def reference_weight(layer: Layer, reference: Mapping[str, Tensor]) -> Tensor:
     """The reference of one layer, on the layer's device, in its type and, if it is sharded, in its shards.
 
+    Of a layer with an adapter that the reference lacks, its base weight.
+
     Raises:
         ReferenceMismatch: the reference lacks the layer, or has it in another shape.
     """
-    if layer.name not in reference:
+    weight = stored_weight(layer, reference)
+    if weight is None and layer.adapter is not None:
+        weight = layer.parameter
+    if weight is None:
         raise ReferenceMismatch(
             f"the reference has no weights for {layer.name}: it belongs to another model, or to a training that "
             "constrained fewer layers. Give the reference of this model, or constrain the layers of that training"
         )
-    weight, shape = reference[layer.name], tuple(layer.parameter.shape)
+    shape = tuple(layer.parameter.shape)
     if tuple(weight.shape) != shape:
         raise ReferenceMismatch(
             f"the reference of {layer.name} has shape {tuple(weight.shape)}, the model's has {shape}: "
@@ -79,6 +98,35 @@ def gathered(reference: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
         if keep:
             found[name] = weight.cpu()
     return found
+
+
+def adapted_way(layer: Layer, reference: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """``W + Δ - W_ref`` of a layer with an adapter. It is Δ, bit for bit, if the reference has W or lacks the layer.
+
+    A reference with the names of PEFT has an adapter, too, and W_ref is what that makes of the weight.
+
+    Raises:
+        ReferenceMismatch: the reference has the layer in another shape.
+    """
+    assert layer.adapter is not None
+    way = layer.adapter.change(dtype)
+    way -= layer.adapter.change(dtype, reference)
+    if stored_weight(layer, reference) is not None:
+        way += layer.parameter.detach().to(dtype) - reference_weight(layer, reference).to(dtype)
+    return way
+
+
+def weight_and_reference(layer: Layer, reference: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The weight of a layer, merged where it has an adapter, and its reference, on one device and in one type.
+
+    Raises:
+        ReferenceMismatch: see :func:`reference_weight`.
+    """
+    if layer.adapter is None:
+        return layer.parameter.detach(), reference_weight(layer, reference)
+    dtype = torch.promote_types(layer.parameter.dtype, torch.float32)
+    weight = layer.parameter.detach().to(dtype) + layer.adapter.change(dtype)
+    return weight, weight - adapted_way(layer, reference, dtype)
 
 
 def reference_digest(reference: Mapping[str, Tensor]) -> str:

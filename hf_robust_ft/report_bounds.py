@@ -13,7 +13,7 @@ from .bounds.hessian import EPSILON, SOURCE, hessian_bound
 from .curvature.placement import whole_weights
 from .curvature.report import HessianReport, LayerCurvature
 from .layers import find_layers
-from .reference import reference_weight
+from .reference import weight_and_reference
 
 SOUND, LANCZOS = "Hessian distance, sound bound", "Hessian distance, Lanczos"
 
@@ -54,7 +54,7 @@ def report_bounds(
         pairs = []
         with whole_weights(model):
             for layer in find_layers(model)[0]:
-                weight, centre = layer.parameter.detach(), reference_weight(layer, reference)
+                weight, centre = weight_and_reference(layer, reference)
                 if layer.row_dims == (1,):  # outputs second
                     weight, centre = weight.transpose(0, 1), centre.transpose(0, 1)
                 pairs.append((weight, centre))

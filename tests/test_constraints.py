@@ -185,13 +185,6 @@ def test_a_kernel_without_rows_is_refused_by_the_row_sum_norm() -> None:
     assert LayerConstraints(model, 0.1).radii == {"0.weight": 0.1}
 
 
-def test_adapters_are_refused(model: Any) -> None:
-    model.peft_config = {"default": None}  # the mark of a PEFT model; peft itself is no dependency
-    with pytest.raises(ValueError, match="layer_radius is set on a PEFT model"):
-        LayerConstraints(model, 0.1)
-    assert not LayerConstraints(model, None)
-
-
 def test_a_reference_of_another_model_is_refused(model: nn.Module) -> None:
     reference = LayerConstraints(model, 0.1).reference
     with pytest.raises(ReferenceMismatch, match=r"has shape \(16, 16\), the model's has \(20, 20\)"):

@@ -398,10 +398,3 @@ def test_a_pull_needs_a_layer(tmp_path: Path) -> None:
         layer.parameter.requires_grad_(False)
     with pytest.raises(ValueError, match=r"l2sp_penalty is 0\.1, but the model has no pretrained weight matrix"):
         tiny.trainer(tmp_path, model, l2sp_penalty=0.1)
-
-
-def test_a_pull_at_adapters_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(3, 2))
-    model.peft_config = {"default": None}  # the mark of a PEFT model; peft itself is no dependency
-    with pytest.raises(ValueError, match=r"l2sp_penalty is 0\.1 on a PEFT model.*Leave l2sp_penalty=0"):
-        LayerConstraints(model, None, penalty=0.1)

@@ -136,6 +136,23 @@ def test_two_processes_choose_the_radius_that_one_does(runs: Path) -> None:
     assert (runs / "radius-2" / "radius_choice.json").is_file()
 
 
+def test_two_processes_hold_and_measure_adapters_as_one_does(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    for processes in (1, 2):
+        _run(tmp_path, processes, "adapters")
+    ((expected, *_),) = [list(rank.values()) for rank in _results(tmp_path, "adapters", 1)]
+    held = {name: distance for name, distance in expected["distances"].items() if "query" in name}
+    assert held
+    assert max(held.values()) <= 0.01
+    assert max(held.values()) > 0.0099
+    for processes in (1, 2):
+        for rank in _results(tmp_path, "adapters", processes):
+            for got in rank.values():
+                _same_weights(got["weights"], expected["weights"])
+                assert got["distances"] == pytest.approx(expected["distances"])
+                assert got["curvature"] == pytest.approx(expected["curvature"], rel=1e-4)
+
+
 def test_fsdp_beside_a_radius_is_refused(tmp_path: Path) -> None:
     _run(tmp_path, 2, "sharded")
     for rank in results(tmp_path, "sharded", 2):

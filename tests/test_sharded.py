@@ -102,6 +102,7 @@ def test_what_shards_do_not_allow_is_refused_before_training(runs: Path) -> None
         for name in ("estimate", "posterior"):
             assert "needs features that each process computes by itself" in rank[name]
             assert "give its file as noise_transition" in rank[name]
+        assert rank["LoRA"].startswith("ValueError: layer_radius and l2sp_penalty of LoRA layers need whole factors")
         assert rank["auto"].startswith("ValueError: layer_radius='auto' trains several times from the same weights")
 
 

@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..adapters import find_adapters
 from ..layers import Layer, NotALayer, find_layers
-from ..reference import ReferenceMismatch
+from ..reference import ReferenceMismatch, adapted_way, stored_weight
 from ..sharding import whole
 from .placement import unwrapped, whole_weights
 
@@ -30,8 +31,10 @@ def group_layers(model: nn.Module, layers: Layers) -> tuple[list[Group], list[No
     """The layers to measure, and every trained parameter that belongs to none of them.
 
     Raises:
-        ValueError: a model without a trained layer, an unknown name, or a pattern that matches no layer.
+        ValueError: a model without a trained layer, an unknown name, a pattern that matches no layer, or adapters
+            other than plain LoRA.
     """
+    find_adapters(model).refuse("curvature", "Measure the model that merge_and_unload() makes of it, all of it trained")
     found, left_out = find_layers(model)
     if not found:
         raise ValueError("model has no trained layer (every weight matrix is frozen): there is nothing to measure")
@@ -76,6 +79,8 @@ def _match(found: Sequence[Layer], layers: Mapping[str, str | Sequence[str]]) ->
 def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:
     """``V = W - W_ref`` of every weight, by parameter name, at least float32, on the weight's device.
 
+    With W merged where there is an adapter; of such a layer the reference may lack the weight, as that didn't move.
+
     Raises:
         ReferenceMismatch: weights that the reference lacks, or has in another shape; the message names them.
     """
@@ -87,14 +92,18 @@ def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Modu
     missing, misshapen, infinite = [], [], []
     for layer in (layer for group in groups for layer in group.members):
         weight = layer.parameter.detach()
-        base = next((reference[name] for name in (layer.name, *layer.tied) if name in reference), None)
-        if base is None:
+        base = stored_weight(layer, reference)
+        if base is None and layer.adapter is None:
             missing.append(layer.name)
-        elif base.shape != weight.shape:
+        elif base is not None and base.shape != weight.shape:
             misshapen.append(f"{layer.name} ({tuple(base.shape)} there, {tuple(weight.shape)} in the model)")
         else:
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            way = weight.to(dtype) - whole(base.detach()).to(weight.device, dtype)
+            if layer.adapter is not None:
+                way = adapted_way(layer, reference, dtype)
+            else:
+                assert base is not None
+                way = weight.to(dtype) - whole(base.detach()).to(weight.device, dtype)
             if not way.norm().isfinite():
                 infinite.append(layer.name)
             ways[layer.name] = way

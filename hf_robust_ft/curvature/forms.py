@@ -69,9 +69,11 @@ def layer_quadratic_forms(
 
     Args:
         model: any transformers model, or a module that takes the batch's inputs. Measured in eval mode and at least
-            float32; weights, modes and attention are as before afterwards, also after an error.
+            float32; weights, modes and attention are as before afterwards, also after an error. A layer with a LoRA
+            adapter is measured as the merged layer that it stands for, under that one's name.
         batch: a mapping with ``labels``, or a pair (inputs, labels); the examples in the leading dimension.
-        reference: the weights that it started from: a state dict by parameter name, or the model itself.
+        reference: the weights that it started from: a state dict by parameter name, or the model itself. Layers with
+            a LoRA adapter need none: v is then what the adapter adds to the base weight.
         kind: see above.
         loss: None for cross entropy (of an example with several targets, their mean; -100 does not count), a
             :class:`CorrectedLoss`, or a function of logits [B, …, K] and labels [B, …] that returns [B].
@@ -83,7 +85,7 @@ def layer_quadratic_forms(
             Results don't depend on them beyond rounding.
 
     Raises:
-        ValueError: an argument or labels that don't fit.
+        ValueError: an argument or labels that don't fit, or adapters other than plain LoRA.
         ReferenceMismatch: the reference lacks layers, or has them in another shape; the message names them.
         NonFiniteLoss: names the example.
         NotTwiceDifferentiable: ``hessian_upper`` or ``hessian_psd`` of an operation that torch can't.

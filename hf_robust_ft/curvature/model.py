@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from ..adapters import LowRank, merged_in
 from ..corrected_loss import find_logits
 from .directions import Group
 from .placement import whole_weights
@@ -88,7 +89,8 @@ class _PaddingIsARow(TorchFunctionMode):
 class Weights:
     """The weights of some groups as leaves of their own: the model's parameters are never touched.
 
-    Half-precision models are measured in float32, on copies; all else shares its memory with the model.
+    Half-precision models are measured in float32, on copies; all else shares its memory with the model, but for layers
+    with an adapter, whose merged weight, ``W + Δ``, is what may move.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group]) -> None:
@@ -100,13 +102,18 @@ class Weights:
         self._stand_ins = {tensor: self.raised(tensor.detach()) for tensor in tensors}
         self.leaves: list[Tensor] = []
         """With a gradient; the groups' members in order."""
+        self._merged: dict[LowRank, tuple[Tensor, Tensor | None]] = {}
         self.members: list[list[int]] = []
         """For each group, which leaves are its own."""
         self.names: list[str] = []
         for group in groups:
             self.members.append([])
             for layer in group.members:
-                leaf = self._stand_ins[layer.parameter].requires_grad_()
+                leaf = self._stand_ins[layer.parameter]
+                if layer.adapter is not None:
+                    leaf = leaf + layer.adapter.change(leaf.dtype)
+                    self._merged[layer.adapter] = leaf, layer.adapter.bias(leaf.dtype)
+                leaf.requires_grad_()
                 self.members[-1].append(len(self.leaves))
                 self.leaves.append(leaf)
                 self.names.append(layer.name)
@@ -117,7 +124,7 @@ class Weights:
     @property
     def all(self) -> list[Tensor]:
         """Every parameter and buffer of the model, as it is measured."""
-        return list(self._stand_ins.values())
+        return [*self._stand_ins.values(), *(weight for weight, _ in self._merged.values())]
 
     def directions(self, ways: Mapping[str, Tensor]) -> list[dict[int, Tensor]]:
         """For each group the index of its leaves → V."""
@@ -133,7 +140,7 @@ class Weights:
         """The model's logits, as a function of the leaves."""
         args = () if isinstance(inputs, Mapping) else tuple(self.raised(value) for value in inputs)
         named = {key: self.raised(value) for key, value in inputs.items()} if isinstance(inputs, Mapping) else {}
-        with self._swapped(), _PaddingIsARow():
+        with self._swapped(), merged_in(self._model, self._merged), _PaddingIsARow():
             return find_logits(self._model(*args, **{**self._extra, **named}))
 
     @contextlib.contextmanager

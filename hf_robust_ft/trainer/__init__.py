@@ -41,7 +41,9 @@ class HessianRegularizedTrainer(PushingTrainer):
     radius has to suit all layers: free those that it does not, as in ``{"*pooler*": None, "*encoder*": "auto"}``.
 
     The balls are centred on the weights of the model given here (or returned by ``model_init``). The
-    centres stay in memory, and lie beside the checkpoints for resuming.
+    centres stay in memory, and lie beside the checkpoints for resuming. In a PEFT model with LoRA adapters, balls,
+    penalty and curvature are those of what the adapters change in each layer, ``s B A``, around the base weights, and
+    layers have the names of the merged model. Other adapters are refused where one of these is asked for.
 
     ``evaluate`` reports the uncorrected loss as ``eval_loss`` and, when the loss is corrected, also
     ``eval_corrected_loss``, the mean over all targets.

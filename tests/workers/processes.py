@@ -164,6 +164,41 @@ def penalties(out: Path) -> dict[str, Any]:
     return results
 
 
+def adapters(out: Path) -> dict[str, Any]:
+    """LoRA with a radius and a pull, then measured; each process draws adapters of its own."""
+    import peft
+
+    results: dict[str, Any] = {}
+    for batch, accumulation in LAYOUTS[PROCESSES]:
+        settings = arguments(
+            out,
+            l2sp_penalty=0.5,
+            layer_radius={"*query*": 0.01, "classifier": 0.02},
+            hessian_examples=3,
+            hessian_time_budget=0,
+            noise_transition=NOISE,
+            learning_rate=0.01,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=STEPS,
+        )
+        model = build("sequence")
+        torch.manual_seed(RANK)
+        config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+        trainer = HessianRegularizedTrainer(
+            peft.get_peft_model(model, config), settings, train_dataset=examples("sequence", 8 * STEPS)
+        )
+        trainer.train()
+        report = trainer.hessian_report
+        assert report is not None
+        results[f"batch {batch} accumulation {accumulation}"] = {
+            "weights": flat(trainer.model),
+            "distances": trainer.constraints.distances(),
+            "curvature": {layer.name: layer.upper.maximum for layer in report.layers},
+        }
+    return results
+
+
 def evaluation(out: Path) -> dict[str, Any]:
     """Evaluation of 11 examples, which two processes can't share evenly in batches of 2, and of 12."""
     results: dict[str, Any] = {}
@@ -332,7 +367,7 @@ def sharded(out: Path) -> dict[str, Any]:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    tasks = (gradients, penalties, evaluation, base, head, estimate, failures, radius, sharded)
+    tasks = (gradients, penalties, adapters, evaluation, base, head, estimate, failures, radius, sharded)
     functions = {function.__name__: function for function in tasks}
     for name in sys.argv[3:]:
         result = functions[name](out)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -232,6 +233,9 @@ def refusals(out: Path) -> dict[str, Any]:
     }.items():
         made = arguments(out / "refused", max_steps=1, save_strategy="no", **setting)
         found[name] = said(lambda made=made: HessianRegularizedTrainer(load(out), made, **data).train())
+    adapted = get_peft_model(whole_model(), LoraConfig(target_modules=["query"]))
+    fully_shard(adapted)
+    found["LoRA"] = said(lambda: LayerConstraints(adapted, 0.1))
     return found
 
 

@@ -184,8 +184,8 @@ class LayerConstraints:
         held = {layer.name: layer for layer in (*(layer for layer, _ in constrained), *self._pulled)}
         if any(layer.adapter is not None and is_sharded(layer.parameter) for layer in held.values()):
             raise ValueError(
-                "layer_radius and l2sp_penalty of LoRA layers need whole factors, but the model is sharded; use DDP, as "
-                "the factors are small, or set layer_radius=None and l2sp_penalty=0"
+                "layer_radius and l2sp_penalty of LoRA layers need whole factors, but the model is sharded; use DDP, or "
+                "set layer_radius=None and l2sp_penalty=0"
             )
         if reference is None or capture_missing:
             known = reference or {}

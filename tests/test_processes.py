@@ -140,13 +140,13 @@ def test_two_processes_hold_and_measure_adapters_as_one_does(tmp_path: Path) -> 
     pytest.importorskip("peft")
     for processes in (1, 2):
         _run(tmp_path, processes, "adapters")
-    ((expected, *_),) = [list(rank.values()) for rank in _results(tmp_path, "adapters", 1)]
+    ((expected, *_),) = [list(rank.values()) for rank in results(tmp_path, "adapters", 1)]
     held = {name: distance for name, distance in expected["distances"].items() if "query" in name}
     assert held
     assert max(held.values()) <= 0.01
     assert max(held.values()) > 0.0099
     for processes in (1, 2):
-        for rank in _results(tmp_path, "adapters", processes):
+        for rank in results(tmp_path, "adapters", processes):
             for got in rank.values():
                 _same_weights(got["weights"], expected["weights"])
                 assert got["distances"] == pytest.approx(expected["distances"])

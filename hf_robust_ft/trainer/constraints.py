@@ -32,14 +32,22 @@ class ConstrainedTrainer(CorrectedTrainer):
         super()._set_up()
         self._saved_reference: tuple[Path, LayerConstraints] | None = None
         self._constrained_model = self._model
-        self._projection = ProjectionCallback(self._make_constraints(sharded_by=self._sharded_by))
-        # First of all callbacks, so that others see projected weights after a step.
-        self.callback_handler.callbacks.insert(0, self._projection)
+        self._projection = ProjectionCallback(LayerConstraints(self._model, None))
+        self._constrain(self._make_constraints(sharded_by=self._sharded_by))
 
     @property
     def constraints(self) -> LayerConstraints:
         """The balls around the layers; none of them if ``layer_radius`` is None."""
         return self._projection.constraints
+
+    def _constrain(self, constraints: LayerConstraints) -> None:
+        """By a callback that is first of all, so that others see projected weights after a step."""
+        callbacks = self.callback_handler.callbacks
+        if self._projection in callbacks:
+            callbacks.remove(self._projection)
+        self._projection.constraints = constraints
+        if constraints:
+            callbacks.insert(0, self._projection)
 
     def constraint_table(self) -> ConstraintTable:
         """Every trained parameter: its centre, radius, norm and distance now, or why it is free."""
@@ -68,14 +76,14 @@ class ConstrainedTrainer(CorrectedTrainer):
                 for name, centre in constraints.reference.items()
             }
             constraints = build(reference=same, fresh=constraints.fresh)
-        self._projection.constraints = constraints
+        self._constrain(constraints)
 
     def _make_constraints(self, **settings: Any) -> LayerConstraints:
         return make_constraints(self.args, self._model, **settings)
 
     def _drop_constraints(self) -> None:
         """The old centres go before new ones come: memory for one copy is enough."""
-        self._projection.constraints = LayerConstraints(self._model, None)
+        self._constrain(LayerConstraints(self._model, None))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -101,7 +109,7 @@ class ConstrainedTrainer(CorrectedTrainer):
         record = ConstraintRecord.load(checkpoint)
         self._drop_constraints()
         reference = load_reference(checkpoint.parent, record.reference_sha256)
-        self._projection.constraints = self._make_constraints(reference=reference, fresh=record.fresh)
+        self._constrain(self._make_constraints(reference=reference, fresh=record.fresh))
         if record.radius_norm != self.constraints.norm or record.radii != self.constraints.radii:
             logger.warning("the radii differ from those of the checkpoint; training goes on with the new ones")
 

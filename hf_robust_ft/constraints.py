@@ -20,6 +20,7 @@ from .layers import Layer, NotALayer, find_layers
 from .penalties import add_l2sp_gradient
 from .projection import Norm, distance, magnitude, project_
 from .reference import capture_reference, reference_weight
+from .stored import Count, Size
 
 Radius = float | Mapping[str, float | None] | None
 """One radius for all layers, or name pattern → radius, where None and infinity leave a layer free."""
@@ -30,12 +31,12 @@ class ConstraintRow:
     """One trained parameter in the audit."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     centre: Literal["pretrained", "initial"] | None
     """``"initial"`` for a freshly initialised layer that was given a radius; None if free."""
-    radius: float | None
+    radius: Size | None
     norm: Norm | None
-    distance: float | None
+    distance: Size | None
     """Now, in the row's norm (Frobenius for a free layer that a penalty pulls). None if nothing holds the weight: no
     copy of it is kept."""
     free: str | None

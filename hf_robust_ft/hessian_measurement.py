@@ -83,8 +83,8 @@ def load_start(checkpoint: Path) -> dict[str, Tensor]:
         digest = checked(dict[str, str], read_json(checkpoint / START_RECORD), "the whole").get("sha256", "")
     except (OSError, ValueError) as error:
         raise ReferenceMismatch(
-            f"{checkpoint / START_RECORD} can't be read ({type(error).__name__}: {error}): the checkpoint was written without "
-            "hessian_examples"
+            f"{checkpoint / START_RECORD} can't be read ({type(error).__name__}: {error}): the checkpoint was written "
+            "without hessian_examples"
         ) from None
     return load_reference(checkpoint.parent, digest, START_FILE)
 

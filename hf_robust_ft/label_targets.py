@@ -58,7 +58,6 @@ class LabelTargets(NamedTuple):
                 f"{path} can't be read ({error}): restore it, or remove it, so that it is computed again"
             ) from error
 
-
     def _check(self) -> None:
         """Raise ``ValueError`` unless these are posteriors of labels by a T."""
         n, classes = len(self.labels), len(validate_transition(self.transition))

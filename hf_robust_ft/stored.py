@@ -1,4 +1,4 @@
-"""JSON that anybody may have written: parsed strictly, then checked against the types of a dataclass, field by field."""
+"""JSON that anybody may have written: parsed strictly, then checked by the types of a dataclass, field by field."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -208,22 +208,28 @@ def _plain_transition(value: Any) -> float | str | list[list[float]] | None:
     return str(value) if isinstance(value, Path) else _number(value)
 
 
-def _plain_radius(value: Any) -> float | str | dict[str, float | str | None] | None:
-    if isinstance(value, Mapping):
-        return dict(value)
-    value = _number(value)
-    if not isinstance(value, str) or value == AUTO:
-        return value  # type: ignore[no-any-return]
+def _plain_radius(given: Any) -> float | str | dict[str, float | str | None] | None:
+    value = _number(given)
     try:
-        return checked(_Given, parse_json(value), "layer_radius")  # type: ignore[no-any-return]
+        if isinstance(value, str) and value != AUTO:
+            value = parse_json(value)
+        if not isinstance(value, Mapping):
+            return _radius(value, "it")
+        return {checked(str, name, "a name pattern"): _radius(each, f"that of {name}") for name, each in value.items()}
     except ValueError as error:
         raise ValueError(
-            f"layer_radius is {value!r:.200}; give a number, '{AUTO}' or JSON such as "
-            f'\'{{"*encoder.layer.*": 0.3, "*": null}}\' ({error})'
+            f"layer_radius is {given!r:.200}; give a number, '{AUTO}' or JSON such as "
+            f'\'{{"*encoder.layer.*": 0.3, "*": null}}\' ({error!s:.200})'
         ) from None
 
 
-_Given = dict[str, float | Literal["auto"] | None] | float | None
+def _radius(value: Any, what: str) -> float | str | None:
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is None or (isinstance(value, str) and value == AUTO):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0 or MOST < value < math.inf:
+        raise ValueError(f"{what} is no radius: a number >= 0, '{AUTO}', or null or infinity for free")
+    return value
 
 
 def _number(value: Any) -> Any:

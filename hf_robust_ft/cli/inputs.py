@@ -66,13 +66,16 @@ def load_data(source: str, config: str | None, split: str) -> datasets.Dataset:
     """
     try:
         return _loaded(source, config, split)
-    except FileNotFoundError:
+    except (OSError, ImportError):
         raise
-    except DatasetsError as error:
-        cause = str(error.__cause__ or error)
+    except Exception as error:  # of readers that met what they did not expect
+        if isinstance(error, ValueError) and not isinstance(error, DatasetsError):
+            raise
+        cause = error.__cause__ or error
+        said = (str(cause).splitlines() or [type(cause).__name__])[0][:200]
         raise ValueError(
-            f"data '{source}' can't be read ({(cause.splitlines() or [type(error).__name__])[0][:200]}): is the file "
-            "damaged, or of another format than its name says?"
+            f"data '{source}' can't be read ({said}): is the file empty, damaged, or of another format than its name "
+            "says?"
         ) from error
 
 

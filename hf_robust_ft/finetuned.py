@@ -17,7 +17,7 @@ from .pretrained import CodeRefused, adapter_weights, load_pretrained
 from .raw_examples import AUTO, Kind, load_processor
 from .stored import checked, read_json
 
-# A configuration that has these makes peft import a module, or load more adapters, that it names.
+# By these peft loads more adapters, and some of its releases import any module, that the configuration names.
 REFUSED = ("megatron_config", "adapters")
 
 

@@ -1,6 +1,6 @@
 """Files, arguments and cards from anybody: each is read as what it says or refused in one way, and nothing is written.
 
-What they are about was found in an earlier state: booleans and text taken for numbers, and the real part of complex ones;
+An earlier state had all of this: booleans and text taken for numbers, and the real part of complex ones;
 negative counts and text for numbers in reports, posteriors of any shape; an archive read as a matrix, and memory taken
 for what a header promised; RecursionError and ZeroDivisionError of JSON; a card whose command held the mark of this
 package's own README, so that the next measurement replaced somebody else's whole page; `README.md.tmp` and `plots` as

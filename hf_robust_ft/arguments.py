@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,11 +12,14 @@ import numpy as np
 from torch import Tensor
 from transformers import TrainingArguments
 
+from .stored import checked, parse_json
+
 LOSS_CORRECTIONS = ("none", "forward", "backward", "nonnegative_backward", "posterior", "gce")
 RADIUS_NORMS = ("frobenius", "inf_op")
 RADIUS_MODES = ("absolute", "relative")
 EVAL_LABELS = ("noisy", "clean")
 AUTO = "auto"
+MOST = 2**63 - 1
 ESTIMATE = "estimate"
 
 
@@ -149,6 +151,9 @@ class RobustTrainingArguments(TrainingArguments):
             self.radius_mode = "relative"  # said here, so that logs and cards say it, too
         for argument in ("hessian_penalty", "l2sp_penalty"):
             setattr(self, argument, _penalty(argument, _number(getattr(self, argument))))
+        growth = self.radius_growth = _number(self.radius_growth)
+        if isinstance(growth, bool) or not isinstance(growth, int | float) or not 0 < growth < math.inf:
+            raise ValueError(f"radius_growth is {growth!r}; it is a positive factor from one depth to the next")
         _check_choice("loss_correction", self.loss_correction, (None, *LOSS_CORRECTIONS))
         _check_choice("radius_norm", self.radius_norm, RADIUS_NORMS)
         _check_choice("radius_mode", self.radius_mode, RADIUS_MODES)
@@ -158,8 +163,12 @@ class RobustTrainingArguments(TrainingArguments):
             ("hessian_time_budget", "seconds"),
             ("hessian_every", "a number"),
         ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; give {unit} >= 0, where 0 turns it off")
+            value = _number(getattr(self, name))
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise ValueError(f"{name} is {value!r:.60}; give {unit} >= 0, where 0 turns it off")
+            if name != "hessian_time_budget" and not (value <= MOST and value == int(value)):
+                raise ValueError(f"{name} is {value!r:.60}; give a whole number >= 0, where 0 turns it off")
+            setattr(self, name, value if name == "hessian_time_budget" else int(value))
         if self.hessian_every and not self.hessian_examples:
             raise ValueError(
                 f"hessian_every is {self.hessian_every}, but hessian_examples is 0: say on how many examples"
@@ -199,22 +208,28 @@ def _plain_transition(value: Any) -> float | str | list[list[float]] | None:
     return str(value) if isinstance(value, Path) else _number(value)
 
 
-def _plain_radius(value: Any) -> float | str | dict[str, float | str | None] | None:
-    if isinstance(value, Mapping):
-        return dict(value)
-    value = _number(value)
-    if not isinstance(value, str) or value == AUTO:
-        return value  # type: ignore[no-any-return]
+def _plain_radius(given: Any) -> float | str | dict[str, float | str | None] | None:
+    value = _number(given)
     try:
-        parsed = json.loads(value)
-    except json.JSONDecodeError:
-        parsed = value
-    if parsed is not None and not isinstance(parsed, (int, float, dict)):
+        if isinstance(value, str) and value != AUTO:
+            value = parse_json(value)
+        if not isinstance(value, Mapping):
+            return _radius(value, "it")
+        return {checked(str, name, "a name pattern"): _radius(each, f"that of {name}") for name, each in value.items()}
+    except ValueError as error:
         raise ValueError(
-            f"layer_radius is {value!r}; give a number, '{AUTO}' or JSON such as "
-            '\'{"*encoder.layer.*": 0.3, "*": null}\''
-        )
-    return parsed
+            f"layer_radius is {given!r:.200}; give a number, '{AUTO}' or JSON such as "
+            f'\'{{"*encoder.layer.*": 0.3, "*": null}}\' ({error!s:.200})'
+        ) from None
+
+
+def _radius(value: Any, what: str) -> float | str | None:
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is None or (isinstance(value, str) and value == AUTO):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0 or MOST < value < math.inf:
+        raise ValueError(f"{what} is no radius: a number >= 0, '{AUTO}', or null or infinity for free")
+    return value
 
 
 def _number(value: Any) -> Any:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .adapters import find_adapters
 from .layers import Layer, find_layers
+from .pretrained import load_pretrained
 from .reference import ReferenceMismatch
 from .snapshot import snapshot
 
@@ -33,9 +34,13 @@ def read_reference(model: PreTrainedModel, source: str | Path) -> tuple[dict[str
     Raises:
         ReferenceMismatch: a model of another kind, or one that lacks layers beneath the head or has them in other
             shapes.
-        OSError, ValueError: it can't be loaded.
+        OSError: there is no such model, or none with weights in safetensors.
+        ValueError: it can't be loaded.
     """
-    own, wanted = AutoConfig.from_pretrained(source).model_type, model.config.model_type
+    # Of the file itself: AutoConfig would ask whether to run code where a model of the user's own has some.
+    config: Any = PreTrainedConfig.get_config_dict(source)[0]
+    wanted = model.config.model_type
+    own = config.get("model_type", wanted)
     if own != wanted:
         raise ReferenceMismatch(
             f"reference '{source}' is a {own} model, but the fine-tuned one is a {wanted}; give the model that "
@@ -45,7 +50,7 @@ def read_reference(model: PreTrainedModel, source: str | Path) -> tuple[dict[str
     try:
         # FSDP2 gives a sharded model a class of its own.
         own_class: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
-        base, info = own_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
+        base, info = load_pretrained(own_class.from_pretrained, source, ignore_mismatched_sizes=True)
     finally:
         restore()
     new = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}

@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .files import written_whole
 from .reference import ReferenceMismatch
+from .stored import Size, checked_fields, read_json
 
 RECORD_FILE = "_constraints.json"
 STATE_FILE = "trainer_state.json"
@@ -22,7 +23,7 @@ class ConstraintRecord:
 
     reference_sha256: str
     radius_norm: str
-    radii: dict[str, float]
+    radii: dict[str, Size]
     fresh: list[str]
     """Names of the layers that had no pretrained weights."""
 
@@ -40,18 +41,14 @@ class ConstraintRecord:
         """
         path = Path(checkpoint) / RECORD_FILE
         try:
-            record = cls(**json.loads(path.read_text(encoding="utf-8")))
-            strings, numbers = [record.reference_sha256, *record.fresh], record.radii.values()
-            if not all(isinstance(s, str) for s in strings) or not all(isinstance(n, float) for n in numbers):
-                raise TypeError("a value has the wrong type")
+            return cls(**checked_fields(cls, read_json(path)))
         except FileNotFoundError:
             raise ReferenceMismatch(
                 f"{path} is missing: this checkpoint was trained without layer_radius, so its centres are not known. "
                 "Resume with layer_radius=None and l2sp_penalty=0, or start a new run from the pretrained weights"
             ) from None
-        except (AttributeError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise ReferenceMismatch(f"{path} is damaged ({error}): resume from another checkpoint") from None
-        return record
 
 
 def last_complete_checkpoint(run_folder: str | Path) -> str | None:
@@ -71,6 +68,6 @@ def last_complete_checkpoint(run_folder: str | Path) -> str | None:
 def _is_complete(checkpoint: Path) -> bool:
     try:
         TrainerState.load_from_json(str(checkpoint / STATE_FILE))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):  # also JSON that is nested too deeply
         return False
     return True

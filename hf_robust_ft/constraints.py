@@ -22,6 +22,7 @@ from .penalties import add_l2sp_gradient
 from .projection import Norm, distance, magnitude, project_, square_distance
 from .reference import capture_reference, reference_weight
 from .sharding import is_sharded, over_shards_at_once
+from .stored import Count, Size
 
 Radius = float | Mapping[str, float | None] | None
 """One radius for all layers, or name pattern → radius, where None and infinity leave a layer free."""
@@ -32,12 +33,12 @@ class ConstraintRow:
     """One trained parameter in the audit."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     centre: Literal["pretrained", "initial"] | None
     """``"initial"`` for a freshly initialised layer that was given a radius; None if free."""
-    radius: float | None
+    radius: Size | None
     norm: Norm | None
-    distance: float | None
+    distance: Size | None
     """Now, in the row's norm (Frobenius for a free layer that a penalty pulls). None if nothing holds the weight: no
     copy of it is kept."""
     free: str | None
@@ -184,8 +185,8 @@ class LayerConstraints:
         held = {layer.name: layer for layer in (*(layer for layer, _ in constrained), *self._pulled)}
         if any(layer.adapter is not None and is_sharded(layer.parameter) for layer in held.values()):
             raise ValueError(
-                "layer_radius and l2sp_penalty of LoRA layers need whole factors, but the model is sharded; use DDP, or "
-                "set layer_radius=None and l2sp_penalty=0"
+                "layer_radius and l2sp_penalty of LoRA layers need whole factors, but the model is sharded; use DDP, "
+                "or set layer_radius=None and l2sp_penalty=0"
             )
         if reference is None or capture_missing:
             known = reference or {}

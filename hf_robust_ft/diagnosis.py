@@ -19,10 +19,11 @@ from .estimation import TransitionEstimate, estimate_transition
 from .estimation.inputs import check_class_labels, check_every_class
 from .estimation.verdict import FEW_EXAMPLES, LEVEL, NOTABLE_EFFECT
 from .features import one_class_an_example
+from .files import written_whole
 from .frozen_features import backbone_of, frozen_features
 from .heat_map import save_heat_map
 from .layers import find_layers
-from .noise import Matrix
+from .noise import Matrix, check_labels
 from .noise_estimate import FILE, MOST_EXAMPLES
 from .noise_shape import noise_shape
 from .raw_examples import (
@@ -35,7 +36,8 @@ from .raw_examples import (
     read_labels,
     reading_order,
 )
-from .recommendation import as_code, as_flags, radius_for, recommend
+from .recommendation import RECOMMENDED, as_code, as_flags, radius_for, recommend
+from .stored import Share, Size, checked_fields, read_json
 from .suspects import rank_suspects
 
 FORMAT = "hf_robust_ft.Diagnosis/1"
@@ -71,7 +73,7 @@ class Diagnosis:
     """[K] names, in the order of T's rows."""
     shape: str
     """A key of ``SHAPES``."""
-    explained: float
+    explained: Share
     """Share of the wrong labels that a symmetric, pair-flip or particular-classes shape explains; else 1."""
     identifiable: bool
     """Whether labels can be corrected for: T is regular throughout its interval."""
@@ -90,7 +92,7 @@ class Diagnosis:
     """For :class:`RobustTrainingArguments`; empty where plain fine-tuning is enough."""
     reason: str
     """Why these."""
-    seconds: dict[str, float]
+    seconds: dict[str, Size]
     """By stage."""
 
     @property
@@ -156,7 +158,8 @@ class Diagnosis:
         saved = replace(self, arguments=arguments)
         self.estimate.save(target / FILE)
         content = saved.summary() | {"examples": {name: getattr(self, name).tolist() for name in _PER_EXAMPLE}}
-        (target / "diagnosis.json").write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+        with written_whole(target / "diagnosis.json") as temporary:
+            temporary.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
         self._write_suspects(target / "suspects.csv")
         save_heat_map(self.estimate.transition, self.classes, target / "T.png")
         return saved
@@ -171,22 +174,44 @@ class Diagnosis:
         """
         path = Path(folder) / "diagnosis.json"
         try:
-            content: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            content = read_json(path)
+        except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); give a folder that Diagnosis.save wrote") from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"{path} holds no diagnosis; give a folder that Diagnosis.save wrote")
-        examples = content.pop("examples")
-        del content["format"], content["suspects"]
-        return cls(
-            **content
-            | {"classes": tuple(content["classes"])}
-            | {"estimate": TransitionEstimate.from_dict(content["estimate"], str(path))}
-            | {name: np.array(examples[name], dtype=kind) for name, kind in _PER_EXAMPLE.items()}
-        )
+        try:
+            if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            examples, counted = content.pop("examples", None), content.pop("suspects", None)
+            if not isinstance(examples, dict) or set(examples) != set(_PER_EXAMPLE):
+                raise ValueError(f"examples is no object with the keys {', '.join(_PER_EXAMPLE)}")
+            found = cls(**checked_fields(cls, {**content, **examples}))
+            found._check(counted)
+        except ValueError as error:
+            raise ValueError(f"{path} holds no diagnosis ({error}); give a folder that Diagnosis.save wrote") from None
+        return found
+
+    def _check(self, suspects: Any) -> None:
+        """Raise ``ValueError`` unless the parts fit each other."""
+        n, classes = len(self.rows), len(self.classes)
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape is {self.shape!a:.60}; it is one of {', '.join(SHAPES)}")
+        if len(self.estimate.transition) != classes:
+            raise ValueError(f"estimate is of {len(self.estimate.transition)} classes, but classes has {classes}")
+        if unknown := set(self.arguments) - set(RECOMMENDED):
+            raise ValueError(f"arguments has {sorted(unknown)[0]!a:.60}, which is never recommended")
+        for name in _PER_EXAMPLE:
+            if (shape := getattr(self, name).shape) != (n,) or not n:
+                raise ValueError(f"{name} has shape {shape}; it has one number for each of rows, at least one")
+        for name in ("labels", "suggested_label"):
+            check_labels(getattr(self, name), classes)
+        if (self.rows < 0).any() or len(np.unique(self.rows)) < n:
+            raise ValueError("rows holds a negative one, or one twice")
+        if not np.array_equal(np.sort(self.suspect_rank), np.arange(1, n + 1)):
+            raise ValueError(f"suspect_rank does not number the examples from 1 to {n}")
+        if suspects != len(self.suspects):
+            raise ValueError(f"suspects is {suspects!a:.60}, but there are {len(self.suspects)}")
 
     def _write_suspects(self, path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["suspect_rank", "row", "label", "suggested_label", "suspect_score"])
             for i in self.suspects:
@@ -238,13 +263,7 @@ class Diagnosis:
         ]
 
 
-_PER_EXAMPLE: dict[str, type] = {
-    "rows": np.int64,
-    "labels": np.int64,
-    "suspect_score": np.float64,
-    "suspect_rank": np.int64,
-    "suggested_label": np.int64,
-}
+_PER_EXAMPLE = ("rows", "labels", "suspect_score", "suspect_rank", "suggested_label")
 
 
 def diagnose(

@@ -32,6 +32,7 @@ from .layers import find_layers
 from .reference import ReferenceMismatch, capture_reference, load_reference, reference_digest, save_reference
 from .report_bounds import report_bounds
 from .risks import Labels, MeasuredRisk, measure_risk
+from .stored import checked, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +84,11 @@ def load_start(checkpoint: Path) -> dict[str, Tensor]:
         ReferenceMismatch: they are not there, or are another run's.
     """
     try:
-        digest = str(json.loads((checkpoint / START_RECORD).read_text(encoding="utf-8"))["sha256"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        digest = checked(dict[str, str], read_json(checkpoint / START_RECORD), "the whole").get("sha256", "")
+    except (OSError, ValueError) as error:
         raise ReferenceMismatch(
-            f"{checkpoint / START_RECORD} can't be read ({type(error).__name__}): the checkpoint was written without "
-            "hessian_examples"
+            f"{checkpoint / START_RECORD} can't be read ({type(error).__name__}: {error}): the checkpoint was written "
+            "without hessian_examples"
         ) from None
     return load_reference(checkpoint.parent, digest, START_FILE)
 

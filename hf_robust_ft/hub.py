@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -17,9 +16,11 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .card.data import FILE as CARD_FILE
 from .card.plots import BOUNDS_FILE, LAYERS_FILE, TRANSITION_FILE
+from .files import leads_out
 from .hessian_measurement import FILE as REPORT_FILE
 from .noise_estimate import FILE as ESTIMATE_FILE
 from .redaction import redacted
+from .stored import checked, read_json
 
 MESSAGE = "End of training"
 README = "README.md"
@@ -107,7 +108,8 @@ def public_files(folder: str | Path, *, card: bool = True, token: str | None = N
         Path relative to the folder → file, sorted.
 
     Raises:
-        ValueError: there is no such folder, no weights in it, a damaged card, or a token in a file.
+        ValueError: there is no such folder, no weights in it, a damaged card, a link out of the folder, or a token in a
+            file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -123,6 +125,11 @@ def public_files(folder: str | Path, *, card: bool = True, token: str | None = N
             taken = card
         else:
             taken = _matches([path.name], PUBLIC) and (path.parent == folder or _belongs(path.parent))
+        if taken and leads_out(path, folder):
+            raise ValueError(
+                f"'{name}' in folder '{folder}' is a link that leads out of it: put the file itself there, or remove "
+                "the link"
+            )
         if taken:
             found[name] = path
     if not any(_matches([name], WEIGHTS) for name in found):
@@ -149,9 +156,9 @@ def _not_in_card(folder: Path) -> set[str]:
     if not path.is_file():
         return set()
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = checked(dict[str, Any], read_json(path), "the whole")
         named = {REPORT_FILE: card.get("report"), ESTIMATE_FILE: card.get("estimate")}
-    except (AttributeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): make the card again, or remove the file") from None
     return {name for name, said in named.items() if said is None}
 

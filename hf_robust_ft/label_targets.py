@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .files import written_whole
-from .noise import ROW_SUM_TOLERANCE, load_transition
+from .noise import IGNORE_INDEX, ROW_SUM_TOLERANCE, check_labels, load_transition, validate_transition
 
 # The Trainer does not upload names that start with an underscore: these are the user's labels.
 FILE = "_label_posteriors.safetensors"
@@ -50,11 +50,26 @@ class LabelTargets(NamedTuple):
         """
         path = Path(folder) / FILE
         try:
-            return cls(**safetensors.torch.load_file(path))
-        except (SafetensorError, TypeError) as error:
+            found = cls(**safetensors.torch.load_file(path))
+            found._check()
+            return found
+        except (SafetensorError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} can't be read ({error}): restore it, or remove it, so that it is computed again"
             ) from error
+
+    def _check(self) -> None:
+        """Raise ``ValueError`` unless these are posteriors of labels by a T."""
+        n, classes = len(self.labels), len(validate_transition(self.transition))
+        wanted = ((n, classes), torch.float32), ((n,), torch.int64), ((classes, classes), torch.float64)
+        for name, tensor, (shape, dtype) in zip(self._fields, self, wanted, strict=True):
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+        kept = self.labels != IGNORE_INDEX
+        check_labels(self.labels[kept].numpy(), classes)
+        rows = self.posteriors[kept]
+        if not ((rows >= 0).all() and torch.allclose(rows.sum(1), torch.ones(len(rows)), atol=1e-3)):
+            raise ValueError("posteriors has rows that are no probabilities")
 
 
 def check_posteriors(labels: Any) -> None:

@@ -6,13 +6,16 @@ class and sum to 1. (cleanlab's ``noise_matrix`` is the transpose.)
 
 from __future__ import annotations
 
-import json
 import math
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from .stored import parse_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,12 +98,7 @@ def validate_transition(matrix: Any, num_classes: int | None = None) -> Matrix:
     Raises:
         ValueError: not square, wrong K, not finite, negative entries, or rows that do not sum to 1.
     """
-    try:
-        array = np.array(matrix, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"noise_transition is not a matrix of numbers ({error}); give K rows of K numbers each"
-        ) from None
+    array = _numbers(matrix)
     if array.ndim != 2 or array.shape[0] != array.shape[1] or array.shape[0] < 2:
         raise ValueError(f"noise_transition has shape {array.shape}; a transition matrix is square, [K, K] with K >= 2")
     if num_classes is not None and array.shape[0] != num_classes:
@@ -145,6 +143,7 @@ def load_transition(source: Any, num_classes: int | None = None) -> Matrix:
         ValueError: what :func:`validate_transition` refuses, a rate without ``num_classes``, a file of
             another kind or with other content.
         FileNotFoundError: the path does not exist.
+        OSError: it can't be read.
     """
     source = read_transition(source)
     if isinstance(source, float):
@@ -285,27 +284,85 @@ def read_transition(source: Any) -> Any:
     except ValueError:
         pass
     path = Path(text)
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:  # a name that is too long for one
+        there = False
+    if not there:
         raise FileNotFoundError(
-            f"noise_transition='{text}' is neither a number, nor a JSON matrix, nor an existing .npy or .json file"
+            f"noise_transition={text!a:.200} is neither a number, nor a JSON matrix, nor an existing .npy or .json file"
         )
     if path.suffix == ".npy":
-        # allow_pickle=False: a matrix file must not be able to run code.
         try:
-            return np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"the noise_transition file {path} is no plain .npy array ({error})") from None
+            return _read_npy(path)
+        except ValueError as error:
+            raise ValueError(
+                f"the noise_transition file {path} is no plain .npy array of numbers ({error}); write it by "
+                "numpy.save(path, matrix)"
+            ) from None
     if path.suffix == ".json":
-        content = _parse_json(path.read_text(encoding="utf-8"), f"the noise_transition file {path}")
+        what = f"the noise_transition file {path}"
+        try:
+            content = _parse_json(path.read_text(encoding="utf-8"), what)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{what} is not valid JSON ({error}); write K rows: [[0.9, 0.1], [0.2, 0.8]]") from None
         # What TransitionEstimate.save wrote.
         return content.get("transition", content) if isinstance(content, dict) else content
     raise ValueError(f"noise_transition='{text}' ends in '{path.suffix}'; give a .npy or .json file")
 
 
+def _read_npy(path: Path) -> npt.NDArray[Any]:
+    """The matrix in a .npy file; the header is checked before memory is taken for what it promises.
+
+    Not ``numpy.load``, which opens archives and pickles, too, and believes every header.
+    """
+    versions = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        if version not in versions:
+            raise ValueError(f"version {version} of the format")
+        try:
+            shape, fortran, dtype = versions[version](file)
+        except (SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError) as error:
+            raise ValueError(f"a damaged header: {error!r:.100}") from None
+        if dtype.kind not in "fiu" or dtype.subdtype is not None:
+            raise ValueError(f"its entries are {dtype}")
+        if len(shape) != 2 or not all(0 <= size <= MAX_CLASSES for size in shape):
+            raise ValueError(f"its shape is {shape!r:.60}, not [K, K] with K of 2 to {MAX_CLASSES}")
+        content = file.read()
+    if len(content) != shape[0] * shape[1] * dtype.itemsize:
+        raise ValueError(f"{len(content)} bytes of data for {shape[0]} rows of {shape[1]} {dtype}")
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _numbers(matrix: Any) -> Matrix:
+    """As float64. numpy alone would take booleans, numbers that are spelt and real parts for numbers, too."""
+    problem = "it holds something else"
+    try:
+        array = np.asarray(matrix)
+        if array.dtype.kind in "fiu" and not any(isinstance(leaf, bool) for leaf in _leaves(matrix)):
+            return array.astype(np.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # ragged rows, tensors that numpy can't read
+        problem = str(error)
+    raise ValueError(f"noise_transition is not a matrix of numbers ({problem:.200}); give K rows of K numbers each")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What nested lists hold."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
 def _parse_json(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{what} is not valid JSON ({error}); write K rows: [[0.9, 0.1], [0.2, 0.8]]") from None
 
 

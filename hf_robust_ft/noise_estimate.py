@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from .label_targets import LabelTargets
 from .noise import IGNORE_INDEX, Matrix, load_transition
 from .sharding import has_shards
 from .snapshot import snapshot
+from .stored import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -247,8 +247,15 @@ def check_identifiable(estimate: TransitionEstimate) -> None:
 
 
 def saved_estimate(source: Any) -> TransitionEstimate | None:
-    """The estimate that a path leads to; None for anything else that ``noise_transition`` may be."""
+    """The estimate that a path leads to; None for anything else that ``noise_transition`` may be.
+
+    Raises:
+        ValueError: a file that is no JSON, or an object that is no estimate.
+    """
     if not isinstance(source, (str, Path)) or not str(source).endswith(".json") or not Path(source).is_file():
         return None
-    content = json.loads(Path(source).read_text(encoding="utf-8"))
+    try:
+        content = read_json(source)
+    except ValueError as error:
+        raise ValueError(f"the noise_transition file {source} is not valid JSON ({error}); give T as JSON") from None
     return TransitionEstimate.from_dict(content, str(source)) if isinstance(content, dict) else None

@@ -10,9 +10,9 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from .features import make_constraints, num_classes, one_class_an_example
 from .files import written_whole
 from .noise import IGNORE_INDEX, check_labels, invert_transition, load_transition, read_transition
 from .sharding import has_shards
+from .stored import Size, Within, checked_fields, in_json, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +45,15 @@ Scores = npt.NDArray[np.float64]
 class RadiusCandidate:
     """One training of the search."""
 
-    radius: float
+    radius: Size = field(metadata=in_json({None: math.inf}))
     """Relative to the norm of each layer's pretrained weights; infinite for no constraint."""
     score: float
     """Mean over the examples. Flattered if it is the best one: it was chosen by it."""
-    standard_error: float
+    standard_error: Size
     """Of the score, over examples, T taken as known. Not over seeds."""
     behind: float
     """How far the score lies below the best one, on the same examples."""
-    behind_error: float
+    behind_error: Size
     """Standard error of that difference, over examples: smaller than those of the two scores, as they share most of
     their predictions."""
 
@@ -61,12 +62,12 @@ class RadiusCandidate:
 class RadiusChoice:
     """The radius that was chosen, and from what."""
 
-    radius: float
+    radius: Size = field(metadata=in_json({None: math.inf}))
     candidates: tuple[RadiusCandidate, ...]
     """In the order of their radii."""
     score: str
     """``"clean_accuracy"`` (estimated from noisy labels and T) or ``"accuracy"`` (on the labels as they are)."""
-    n: int
+    n: Annotated[int, Within(1)]
     """Number of validation examples."""
     seed: int
     """Of each training."""
@@ -95,18 +96,17 @@ class RadiusChoice:
         """
         remedy = f"give the radius itself (layer_radius=0.01, radius_mode='relative') instead of '{AUTO}'"
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            rows = content.pop("candidates")
-            for row in (content, *rows):
-                row["radius"] = math.inf if row["radius"] is None else float(row["radius"])
-            return cls(candidates=tuple(RadiusCandidate(**row) for row in rows), **content)
+            choice = cls(**checked_fields(cls, read_json(path)))
+            if choice.radius not in [each.radius for each in choice.candidates]:
+                raise ValueError(f"the radius {choice.radius:g} is none of the candidates")
+            return choice
         except FileNotFoundError:
             raise ValueError(
                 f"layer_radius='{AUTO}', but {path} is missing, so the radius of this run is not known; put the file "
                 f"back, or {remedy}"
             ) from None
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}); restore it, or {remedy}") from None
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); restore it, or {remedy}") from None
 
 
 def search_radius(

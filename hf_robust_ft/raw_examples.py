@@ -18,6 +18,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .estimation.inputs import Labels
 from .noise import IGNORE_INDEX
+from .pretrained import CodeRefused, load_pretrained, refuse_code
 
 Kind = Literal["image", "text"]
 AUTO: dict[Kind, Any] = {"image": AutoModelForImageClassification, "text": AutoModelForSequenceClassification}
@@ -106,15 +107,18 @@ def load_backbone(model: str | Path, kind: Kind, num_classes: int) -> tuple[Any,
     """A pretrained model (the head is a new one, and not used) and its image processor or tokenizer.
 
     Raises:
-        ValueError: the model is of another kind.
-        OSError: there is no such model, or no processor with it.
+        ValueError: the model is of another kind, or needs code of its own.
+        OSError: there is no such model, none with weights in safetensors, or no processor with it.
     """
+    settings = {"num_labels": num_classes, "ignore_mismatched_sizes": True}
     try:
-        loaded = AUTO[kind].from_pretrained(model, num_labels=num_classes, ignore_mismatched_sizes=True)
+        loaded, _ = load_pretrained(AUTO[kind].from_pretrained, model, **settings)
         return loaded, load_processor(model, kind)
-    except (ValueError, KeyError) as error:
+    except CodeRefused:
+        raise
+    except ValueError as error:
         raise ValueError(
-            f"model '{model}' can't be loaded to classify {kind}s: {str(error).splitlines()[0][:200]} "
+            f"model '{model}' can't be loaded to classify {kind}s: {error} "
             f"Give a pretrained {kind} model, or name the columns with image_column or text_column"
         ) from error
 
@@ -124,14 +128,19 @@ def load_processor(model: str | Path, kind: Kind) -> Any:
 
     Raises:
         OSError: there is none.
+        ValueError: it needs code of its own.
     """
     remedy = (
         f"; save that of its base model there: Auto{PROCESSORS[kind]}.from_pretrained('BASE').save_pretrained('DIR')"
     )
     try:
-        found: Any = (AutoImageProcessor if kind == "image" else AutoTokenizer).from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0][:200]
+        auto: Any = AutoImageProcessor if kind == "image" else AutoTokenizer
+        found = auto.from_pretrained(model, trust_remote_code=False)
+    except ImportError:
+        raise
+    except Exception as error:  # damaged files make tokenizers raise Exception itself
+        refuse_code(model, error)
+        first = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise OSError(f"model '{model}' comes without a usable {PROCESSORS[kind]} ({first}){remedy}") from error
     # From a configuration alone, transformers makes a tokenizer that knows no word.
     if kind == "text" and not set(found.get_vocab()) - set(found.all_special_tokens):

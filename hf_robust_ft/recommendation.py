@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 from .estimation import TransitionEstimate
 
+RECOMMENDED = ("noise_transition", "loss_correction", "layer_radius", "radius_mode")
+"""The arguments that a recommendation may set."""
+
 
 class Recommendation(NamedTuple):
     """What to train with."""

@@ -15,6 +15,7 @@ from .curvature.loss import ExampleLoss, finite
 from .curvature.model import Weights, measuring
 from .curvature.placement import processes_of, unwrapped
 from .noise import IGNORE_INDEX
+from .stored import Count, Share, Size
 
 Labels = Literal["clean", "noisy", "as given"]
 """``"as given"``: there is no noise model, and nothing is known of the labels."""
@@ -32,16 +33,16 @@ class MeasuredRisk:
     labels: Labels
     loss: float
     """Mean, in nats: the backward-corrected cross entropy where ``corrected``, else the plain one."""
-    loss_error: float | None
+    loss_error: Size | None
     """Its standard error, over examples; None for a single one."""
     corrected: bool
-    error: float | None
+    error: Share | None
     """Share of examples whose label is not the prediction; None where an example has not one label."""
     margin: float | None
     """10th percentile over examples of the label's logit minus the largest other; None as for ``error``."""
-    n: int
+    n: Count
     """Examples looked at."""
-    judged: int | None = None
+    judged: Count | None = None
     """Those of them that ``error`` is a share of."""
 
 

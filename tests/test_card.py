@@ -282,8 +282,8 @@ def test_what_is_not_measured_any_more_goes(tmp_path: Path) -> None:
     ("change", "problem"),
     [
         ({"format": "hf_robust_ft.CardData/9"}, "written as hf_robust_ft.CardData/9"),
-        ({"colour": 1}, r"unknown keys \['colour'\]"),
-        ({"bounds": [1]}, "1 is no bound"),
+        ({"colour": 1}, "unknown keys 'colour'"),
+        ({"bounds": [1]}, r"bounds\[0\] is no bound"),
         ({"risks": [{}]}, "missing"),
     ],
 )

@@ -135,7 +135,7 @@ def test_it_is_kept_in_files(flipped: tuple[Dataset, Diagnosis], tmp_path: Path)
         ('{"format": 1}', "holds no diagnosis"),
         (
             '{"format": "hf_robust_ft.Diagnosis/1", "examples": {}, "suspects": 0, "classes": [], "estimate": {}}',
-            "holds no transition estimate",
+            "holds no diagnosis .examples is no object with the keys rows, ",
         ),
     ],
 )

@@ -428,7 +428,7 @@ def test_a_card_is_made_again_from_its_files(
         ("robust_card.json", "[1]", "holds no card of this version"),
         ("robust_card.json", {"datasets": "x"}, "datasets is 'x'"),
         ("robust_card.json", {"training_examples": "x"}, "training_examples is 'x'"),
-        ("robust_card.json", {"noise_rate": [1]}, r"noise_rate is [1]"),
+        ("robust_card.json", {"noise_rate": [1]}, "noise_rate is a list of 1; it should be a number"),
         ("robust_card.json", None, "holds no robust_card.json; trainer.create_model_card() and hf-robust-ft measure"),
         ("hessian_report.json", {"format": "hf_robust_ft.HessianReport/9"}, "is written as hf_robust_ft.HessianRepo"),
         ("hessian_report.json", "{", "is no report of measure_hessian"),

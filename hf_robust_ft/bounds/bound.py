@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
+
+from ..stored import Count, Share, checked_fields, in_json
 
 Kind = Literal["certificate", "estimate", "measure"]
 KINDS = get_args(Kind)
+INFINITE = in_json({"inf": math.inf, "-inf": -math.inf})
 
 
 @dataclass(frozen=True)
@@ -21,19 +24,19 @@ class Bound:
     """
 
     name: str
-    value: float | None
+    value: float | None = field(metadata=INFINITE)
     """None: not measured; ``assumptions`` says what is missing. Infinite: beyond the range of floats."""
     kind: Kind
     bounds_what: str
     """The quantity that ``value`` speaks of, such as ``"error on clean labels"``."""
-    terms: Mapping[str, float] = field(default_factory=dict)
+    terms: Mapping[str, float] = field(default_factory=dict, metadata=INFINITE)
     """What the value is made of; by itself enough to compute it again."""
     assumptions: tuple[str, ...] = ()
     source: str = ""
     """Paper and theorem."""
-    confidence: float | None = None
+    confidence: Share | None = None
     """Probability that the statement holds, over the draw of the examples; None where there is none."""
-    n: int | None = None
+    n: Count | None = None
     """Examples that the statement counts."""
     seed: int | None = None
     """Of the random draws that went into the value; None if there were none."""
@@ -54,26 +57,19 @@ class Bound:
         return content
 
     @classmethod
-    def from_dict(cls, content: Any) -> Bound:
+    def from_dict(cls, content: Any, source: str = "this") -> Bound:
         """From what :meth:`to_dict` gave.
+
+        Args:
+            source: what the error calls it.
 
         Raises:
             ValueError: it is something else.
         """
-        names = {each.name for each in fields(cls)}
-        if not isinstance(content, Mapping) or set(content) != names:
-            raise ValueError(
-                f"{content!r:.80} is no bound; give what Bound.to_dict gave, with the keys {sorted(names)}"
-            )
-        value = content["value"]
-        return cls(
-            **{
-                **content,
-                "value": None if value is None else float(value),
-                "terms": {name: float(number) for name, number in content["terms"].items()},
-                "assumptions": tuple(content["assumptions"]),
-            }
-        )
+        try:
+            return cls(**checked_fields(cls, content))
+        except ValueError as error:
+            raise ValueError(f"{source} is no bound; give what Bound.to_dict gave ({error})") from None
 
     def __str__(self) -> str:
         if self.value is None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 
 from ..bounds.bound import Bound
 from ..constraints import ConstraintRow
 from ..files import written_whole
+from ..noise import validate_transition
 from ..risks import MeasuredRisk
+from ..stored import Count, Share, Size, checked_fields, read_json
 
 FILE = "robust_card.json"
 FORMAT = "hf_robust_ft.CardData/1"
@@ -51,8 +52,8 @@ class CardData:
     model_class: str | None = None
     tasks: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
-    trained_parameters: int | None = None
-    training_examples: int | None = None
+    trained_parameters: Count | None = None
+    training_examples: Count | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
     """Of these weights, with prefixes such as ``eval_``; None for what was not a finite number."""
     metric_labels: dict[str, str] = field(default_factory=dict)
@@ -64,10 +65,10 @@ class CardData:
     """How T was got; None without a noise model."""
     transition: list[list[float]] | None = None
     """T, up to 100 classes."""
-    noise_rate: float | None = None
+    noise_rate: Share | None = None
     """By T, of classes that are equally frequent."""
-    condition_number: float | None = None
-    amplification: float | None = None
+    condition_number: Size | None = None
+    amplification: Size | None = None
     constraints: list[ConstraintRow] = field(default_factory=list)
     """Empty where no layer was constrained."""
     radius_choice: str | None = None
@@ -89,7 +90,7 @@ class CardData:
     seeds: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     hardware: str | None = None
-    train_seconds: float | None = None
+    train_seconds: Size | None = None
     measured_by: list[str] = field(default_factory=list)
     """What measured a model that was trained by another command."""
 
@@ -116,40 +117,20 @@ class CardData:
             OSError: there is no such file.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            written = content.pop("format")
+            content = read_json(path)
+            written = content.pop("format", None) if isinstance(content, dict) else None
             if written != FORMAT:
-                raise ValueError(f"it is written as {written}, and this version of hf_robust_ft reads {FORMAT}")
-            unknown = content.keys() - {each.name for each in fields(cls)}
-            if unknown:
-                raise ValueError(f"it has the unknown keys {sorted(unknown)}")
-            for name in ("bounds", "other_bounds"):
-                content[name] = [Bound.from_dict(each) for each in content[name]]
-            content["risks"] = [MeasuredRisk(**each) for each in content["risks"]]
-            content["constraints"] = [
-                ConstraintRow(**{**row, "shape": tuple(row["shape"]), "tied": tuple(row["tied"])})
-                for row in content["constraints"]
-            ]
-            _check_types(content)
-            return cls(**content)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+                named = f"{written:.60}" if isinstance(written, str) else "something else"
+                raise ValueError(f"it is written as {named}, and this version of hf_robust_ft reads {FORMAT}")
+            data = cls(**checked_fields(cls, content))
+            if data.transition is not None:
+                validate_transition(data.transition)
+            return data
+        except ValueError as error:
             raise ValueError(
                 f"{path} holds no card of this version ({error}): make the card again with "
                 "trainer.create_model_card() or hf-robust-ft measure"
             ) from error
-
-
-def _check_types(content: Mapping[str, Any]) -> None:
-    """Lists, tables and texts are what they should be."""
-    for name, wanted in get_type_hints(CardData).items():
-        kinds = (
-            tuple(get_origin(kind) or kind for kind in get_args(wanted))
-            if isinstance(wanted, UnionType)
-            else (get_origin(wanted),)
-        )
-        value = content.get(name)
-        if name in content and not isinstance(value, (*kinds, int) if float in kinds else kinds):
-            raise TypeError(f"{name} is {value!r:.60}")
 
 
 def plain(value: Any) -> Any:

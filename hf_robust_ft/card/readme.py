@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..curvature import HessianReport
 from ..estimation import TransitionEstimate
-from ..files import written_whole
+from ..files import inside, written_whole
 from .data import CardData
 from .write import MARK, README, render_body, write_card, write_parts
 
@@ -43,9 +43,9 @@ def foreign_readme(folder: str | Path) -> bytes | None:
     """A README that this package did not write; None where there is none.
 
     Raises:
-        ValueError: its marks don't form one section.
+        ValueError: its marks don't form one section, or it is a link out of the folder.
     """
-    readme = Path(folder) / README
+    readme = inside(folder, README)
     if not readme.is_file():
         return None
     content = readme.read_bytes()

@@ -70,6 +70,7 @@ def duration(seconds: float | None) -> str:
 
 def fenced(text: str, language: str = "") -> Markup:
     """A block of code that nothing in it can end."""
+    text = text.replace("<!--", "<! --")  # the marks of a section are comments
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return Markup(f"{fence}{language}\n{text}\n{fence}")

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from ..curvature import HessianReport
 from ..estimation import TransitionEstimate
-from ..files import written_whole
+from ..files import inside, written_whole
 from ..heat_map import save_heat_map
 from ..hessian_measurement import FILE as REPORT_FILE
 from ..noise_estimate import FILE as ESTIMATE_FILE
@@ -52,9 +52,15 @@ def write_card(
 def write_parts(
     folder: str | Path, data: CardData, report: HessianReport | None, estimate: TransitionEstimate | None
 ) -> tuple[str, ...]:
-    """All of a card but ``README.md``. Returns the paths of the pictures in the folder."""
+    """All of a card but ``README.md``. Returns the paths of the pictures in the folder.
+
+    Raises:
+        ValueError: the folder of the pictures is a link out of this one; nothing is written then.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (LAYERS_FILE, BOUNDS_FILE, TRANSITION_FILE):
+        inside(folder, str(Path(name).parent))
     data.report = data.estimate = None
     if report is not None:
         data.report = REPORT_FILE
@@ -70,7 +76,7 @@ def read_card(folder: str | Path) -> tuple[CardData, HessianReport | None, Trans
     """What :func:`write_card` was given, to change something and write the card again.
 
     Raises:
-        ValueError: a file of another format, or a damaged one.
+        ValueError: a file of another format, a damaged one, or one that lies elsewhere.
         OSError: a file that ``robust_card.json`` names, or itself, is missing.
     """
     folder = Path(folder)
@@ -78,10 +84,19 @@ def read_card(folder: str | Path) -> tuple[CardData, HessianReport | None, Trans
         raise FileNotFoundError(
             f"'{folder}' holds no {FILE}; trainer.create_model_card() and hf-robust-ft measure write one"
         )
-    data = CardData.load(folder / FILE)
-    report = None if data.report is None else HessianReport.load(folder / Path(data.report).name)
-    estimate = None if data.estimate is None else TransitionEstimate.load(folder / Path(data.estimate).name)
-    return data, report, estimate
+    data = CardData.load(inside(folder, FILE))
+    report = None if data.report is None else HessianReport.load(inside(folder, data.report))
+    return data, report, read_estimate(folder, data)
+
+
+def read_estimate(folder: Path, data: CardData) -> TransitionEstimate | None:
+    """The estimate of T that a card names, if it names one.
+
+    Raises:
+        ValueError: it is something else, or lies elsewhere.
+        OSError: it is missing.
+    """
+    return None if data.estimate is None else TransitionEstimate.load(inside(folder, data.estimate))
 
 
 def render_card(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..diagnosis import FILES, diagnose
-from .inputs import add_data_options, load_data, positive
+from .inputs import add_data_options, load_data, positive, seed
 
 DESCRIPTION = """\
 Are the labels of a data set noisy? Estimates how often which class is mistaken for which (T), from the noisy labels
@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="write diagnosis.json, transition_estimate.json, suspects.csv and T.png (needs matplotlib) to this folder",
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of the report")
-    command.add_argument("--seed", type=int, default=0, help="of all random draws (default: 0)")
+    command.add_argument("--seed", type=seed, default=0, help="of all random draws (default: 0)")
     return command
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.exceptions import DatasetsError
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
@@ -28,6 +29,13 @@ def seconds(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; give one >= 0")
     return value
+
+
+def seed(text: str) -> int:
+    """What every generator of random numbers takes."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no seed; give a whole number from 0 to {2**32 - 1}")
+    return int(text)
 
 
 def add_data_options(command: argparse.ArgumentParser) -> None:
@@ -53,9 +61,25 @@ def load_data(source: str, config: str | None, split: str) -> datasets.Dataset:
     """A file, an imagefolder or a data set of the Hub.
 
     Raises:
-        ValueError: a file of another format, or a split that doesn't exist.
+        ValueError: a file of another format, a damaged one, or a split that doesn't exist.
         OSError: there is no such file, folder or data set.
     """
+    try:
+        return _loaded(source, config, split)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # of readers that met what they did not expect
+        if isinstance(error, ValueError) and not isinstance(error, DatasetsError):
+            raise
+        cause = error.__cause__ or error
+        said = (str(cause).splitlines() or [type(cause).__name__])[0][:200]
+        raise ValueError(
+            f"data '{source}' can't be read ({said}): is the file empty, damaged, or of another format than its name "
+            "says?"
+        ) from error
+
+
+def _loaded(source: str, config: str | None, split: str) -> datasets.Dataset:
     path = Path(source)
     kind = FORMATS.get(path.suffix.lower())
     loaded: Any

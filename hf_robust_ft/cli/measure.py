@@ -16,14 +16,15 @@ from ..card.data import FILE as CARD_FILE
 from ..card.data import plain
 from ..card.facts import hardware, merged, package_versions
 from ..card.readme import foreign_readme
-from ..card.write import README
+from ..card.write import README, read_estimate
 from ..estimation import TransitionEstimate
+from ..files import inside
 from ..finetuned_measurement import TIME_BUDGET, FinetunedMeasurement, measure_finetuned
 from ..hessian_measurement import EXAMPLES
 from ..hessian_measurement import FILE as REPORT_FILE
 from ..noise_estimate import saved_estimate
 from ..redaction import redacted
-from .inputs import add_data_options, is_file, load_data, positive, seconds
+from .inputs import add_data_options, is_file, load_data, positive, seconds, seed
 from .measurement_text import summary, text
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--output", metavar="DIR", help="folder to write to; default: the model's, if it is a folder here"
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of the report")
-    command.add_argument("--seed", type=int, default=0, help="of the draw of examples (default: 0)")
+    command.add_argument("--seed", type=seed, default=0, help="of the draw of examples (default: 0)")
     return command
 
 
@@ -191,9 +192,8 @@ def _card_before(output: Path, model: Path) -> tuple[CardData | None, Transition
     """What an earlier card says, and the estimate of T that it names."""
     for folder in (output, model):
         if (folder / CARD_FILE).is_file():
-            data = CardData.load(folder / CARD_FILE)
-            estimate = None if data.estimate is None else TransitionEstimate.load(folder / Path(data.estimate).name)
-            return data, estimate
+            data = CardData.load(inside(folder, CARD_FILE))
+            return data, read_estimate(folder, data)
     return None, None
 
 

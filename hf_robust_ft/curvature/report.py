@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ..files import written_whole
 from ..layers import NotALayer
+from ..stored import Count, Size, Within, checked_fields, in_json, read_json
 
 FORMAT = "hf_robust_ft.HessianReport/1"
 
@@ -20,10 +21,10 @@ class Statistic:
     """One number a layer and example, over all examples."""
 
     maximum: float
-    example: int
+    example: Count
     """The one that attains the maximum, counted from 0 in the order of the dataloader."""
     mean: float
-    standard_error: float
+    standard_error: Size = field(metadata=in_json({None: math.nan}))
     """Of the mean, over examples; NaN for a single one."""
 
 
@@ -33,10 +34,10 @@ class PositivePart:
 
     maximum: float
     """The largest value found."""
-    example: int
+    example: Count
     gap: float
     """What half the Lanczos steps would have changed there: an indicator of convergence, not an error."""
-    examples: int
+    examples: Count
     """How many were looked at."""
     settled: bool
     """Whether no other example can hold a larger value: the sound bounds of all others are lower."""
@@ -49,7 +50,7 @@ class LayerCurvature:
     name: str
     members: tuple[str, ...]
     """The weights that form it."""
-    distance: float
+    distance: Size
     """``‖v‖``."""
     hessian: Statistic
     """``vᵀ H v``."""
@@ -66,14 +67,14 @@ class HessianReport:
     layers: tuple[LayerCurvature, ...]
     left_out: tuple[NotALayer, ...]
     """Every trained parameter that belongs to no measured layer, and why."""
-    examples: int
+    examples: Annotated[int, Within(1)]
     losses: Statistic
     smallest_loss: float
-    lanczos_steps: int
+    lanczos_steps: Count
     complete: bool
     """False: stopped before the end of the data."""
-    seconds: float
-    estimated_seconds: float
+    seconds: Size
+    estimated_seconds: Size
     """For the sound bounds, as told before the start."""
     notes: tuple[str, ...]
     """What autograd did in place of the sweep, and why."""
@@ -112,46 +113,34 @@ class HessianReport:
 
         Raises:
             ValueError: the file is no such report, or one of another format.
+            OSError: it can't be read.
         """
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            if (written := str(found.pop("format"))) != FORMAT and written.startswith(FORMAT.partition("/")[0]):
-                raise ValueError(
-                    f"{path} is written as {written}, and this version of hf_robust_ft reads {FORMAT}: measure again, "
-                    "or read it with the version that wrote it"
-                )
-            return cls(
-                **{
-                    **found,
-                    "layers": tuple(_layer(layer) for layer in found["layers"]),
-                    "left_out": tuple(
-                        NotALayer(**{**other, "shape": tuple(other["shape"])}) for other in found["left_out"]
-                    ),
-                    "losses": _statistic(found["losses"]),
-                    "notes": tuple(found["notes"]),
-                }
+            found = read_json(path)
+            written = found.pop("format", None) if isinstance(found, dict) else None
+            if written == FORMAT:
+                report = cls(**checked_fields(cls, found))
+                report._check_examples()
+                return report
+        except ValueError as error:
+            raise ValueError(f"{path} is no report of measure_hessian ({error}): measure again") from error
+        if isinstance(written, str) and written.startswith(FORMAT.partition("/")[0]):
+            raise ValueError(
+                f"{path} is written as {written:.60}, and this version of hf_robust_ft reads {FORMAT}: measure again, "
+                "or read it with the version that wrote it"
             )
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no report of measure_hessian ({error!r}): measure again") from error
+        raise ValueError(f"{path} is no report of measure_hessian (its format is not {FORMAT}): measure again")
 
-
-def _layer(found: dict[str, Any]) -> LayerCurvature:
-    positive = found["positive"]
-    return LayerCurvature(
-        **{
-            **found,
-            "members": tuple(found["members"]),
-            "hessian": _statistic(found["hessian"]),
-            "upper": _statistic(found["upper"]),
-            "positive": None if positive is None else PositivePart(**positive),
-        }
-    )
-
-
-def _statistic(found: dict[str, Any]) -> Statistic:
-    return Statistic(
-        **{**found, "standard_error": math.nan if found["standard_error"] is None else found["standard_error"]}
-    )
+    def _check_examples(self) -> None:
+        """Raise ``ValueError`` unless there are layers, and every example that is named was looked at."""
+        if not self.layers:
+            raise ValueError("layers is empty")
+        named = [self.losses.example]
+        for layer in self.layers:
+            named += [layer.hessian.example, layer.upper.example]
+            named += [] if layer.positive is None else [layer.positive.example]
+        if max(named) >= self.examples:
+            raise ValueError(f"example {max(named)} is named, but examples is {self.examples}")
 
 
 def _without_nan(value: Any) -> Any:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from ..files import written_whole
-from ..noise import Matrix
+from ..noise import Matrix, validate_transition
+from ..stored import Count, Share, Size, Within, checked_fields, in_json, read_json
 from .verdict import NoiseLevel, noise_level
 
 FORMAT = "hf_robust_ft.TransitionEstimate/1"
@@ -33,15 +34,15 @@ class TransitionEstimate:
     """[K, K], by bootstrap: root mean square about the estimate, bias included."""
     interval: Matrix
     """[K, K, 2]: lower and upper end for each entry; its diagonal is the interval of ``T[i, i]``."""
-    noise_rate: float
+    noise_rate: Share
     """``Σ_i P(y = i) (1 - T[i, i])``: the share of wrong labels."""
-    noise_rate_error: float
-    noise_rate_interval: tuple[float, float]
+    noise_rate_error: Size
+    noise_rate_interval: tuple[Share, Share]
     clean_prior: Matrix
     """[K]: ``P(y = i)`` of the true class."""
-    condition_number: float
+    condition_number: Size = field(metadata=in_json({None: float("inf")}))
     """``‖T‖₂ ‖T^-1‖₂``; 1 is noiseless, infinity is not identifiable."""
-    smallest_singular_value: float
+    smallest_singular_value: Size
     """How far T is from a singular matrix, in the spectral norm."""
     singular_value_interval: tuple[float, float]
     """If it reaches 0, a singular T explains the labels as well: they may not identify the true classes."""
@@ -49,15 +50,15 @@ class TransitionEstimate:
     """[K]: ``Σ_n P(y = i | x_n)²``, the examples of class i, each counted by how surely it is one."""
     counts: Matrix
     """[K]: how many examples carry each noisy label."""
-    class_conditional_p_value: float
+    class_conditional_p_value: Share
     """Small: noise depends on the example, not on its class alone, or a linear head does not fit exactly."""
-    class_conditional_effect: float
+    class_conditional_effect: Size
     """Cohen's w of the same test. On clean and on class-conditional real labels it stays below 0.1."""
     method: str
-    n: int
-    bootstrap: int
+    n: Annotated[int, Within(1)]
+    bootstrap: Count
     """How many replicates the errors and the p-value come from."""
-    folds: int
+    folds: Count
     seed: int
     verdict: str
     draws: Matrix
@@ -93,17 +94,34 @@ class TransitionEstimate:
         Raises:
             ValueError: it is something else.
         """
-        names = {field.name for field in fields(cls)}
-        if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != {"format", *names}:
-            raise ValueError(f"{source} holds no transition estimate; give a file that TransitionEstimate.save wrote")
-        values = {name: content[name] for name in names}
-        for name in ("transition", "standard_error", "interval", "clean_prior", "effective_counts", "counts", "draws"):
-            values[name] = np.array(values[name], dtype=np.float64)
-        for name in ("noise_rate_interval", "singular_value_interval"):
-            values[name] = tuple(values[name])
-        if values["condition_number"] is None:
-            values["condition_number"] = float("inf")
-        return cls(**values)
+        try:
+            if not isinstance(content, dict) or content.get("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            found = cls(**checked_fields(cls, {name: value for name, value in content.items() if name != "format"}))
+            found._check_shapes()
+        except ValueError as error:
+            raise ValueError(
+                f"{source} holds no transition estimate ({error}); give a file that TransitionEstimate.save wrote"
+            ) from None
+        return found
+
+    def _check_shapes(self) -> None:
+        """Raise ``ValueError`` unless every table is of as many classes as T, which is a transition matrix."""
+        classes = len(validate_transition(self.transition))
+        square = (classes, classes)
+        shapes: dict[str, tuple[int, ...]] = {
+            "standard_error": square,
+            "interval": (*square, 2),
+            "clean_prior": (classes,),
+            "effective_counts": (classes,),
+            "counts": (classes,),
+            "draws": (self.bootstrap, *square),
+        }
+        for name, shape in shapes.items():
+            if (found := getattr(self, name).shape) != shape:
+                raise ValueError(f"{name} has shape {found}, where T is of {classes} classes and it should be {shape}")
+            if (getattr(self, name) < 0).any():
+                raise ValueError(f"{name} holds negative numbers")
 
     def save(self, path: str | Path) -> None:
         """Write the estimate as JSON, at once: a reader never sees half a file."""
@@ -116,10 +134,11 @@ class TransitionEstimate:
 
         Raises:
             ValueError: the file is something else.
+            OSError: it can't be read.
         """
         try:
-            content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            content = read_json(path)
+        except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); give a file that TransitionEstimate.save wrote") from None
         return cls.from_dict(content, str(path))
 

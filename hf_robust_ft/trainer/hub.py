@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
+from ..files import leads_out
 from ..hub import (
     MESSAGE,
     PushFailed,
@@ -156,7 +157,8 @@ class PushingTrainer(CardTrainer):
             files = public_files(checkpoint, card=False, token=args.hub_token)
             if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 under = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
-                states = (path for path in sorted(checkpoint.rglob("*")) if path.is_file())
+                inside = (path for path in sorted(checkpoint.rglob("*")) if not leads_out(path, checkpoint))
+                states = (path for path in inside if path.is_file())
                 files |= {
                     f"{under}/{path.relative_to(checkpoint).as_posix()}": path
                     for path in states

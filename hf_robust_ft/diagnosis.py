@@ -19,6 +19,7 @@ from .estimation import TransitionEstimate, estimate_transition
 from .estimation.inputs import check_class_labels, check_every_class
 from .estimation.verdict import FEW_EXAMPLES, LEVEL, NOTABLE_EFFECT
 from .features import one_class_an_example
+from .files import written_whole
 from .frozen_features import backbone_of, frozen_features
 from .heat_map import save_heat_map
 from .layers import find_layers
@@ -149,14 +150,14 @@ class Diagnosis:
             The same, with ``noise_transition`` (where it is recommended) naming the file written.
         """
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
         arguments = dict(self.arguments)
         if "noise_transition" in arguments:
             arguments["noise_transition"] = str(target / FILE)
         saved = replace(self, arguments=arguments)
         self.estimate.save(target / FILE)
         content = saved.summary() | {"examples": {name: getattr(self, name).tolist() for name in _PER_EXAMPLE}}
-        (target / "diagnosis.json").write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+        with written_whole(target / "diagnosis.json") as temporary:
+            temporary.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
         self._write_suspects(target / "suspects.csv")
         save_heat_map(self.estimate.transition, self.classes, target / "T.png")
         return saved
@@ -186,7 +187,7 @@ class Diagnosis:
         )
 
     def _write_suspects(self, path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["suspect_rank", "row", "label", "suggested_label", "suspect_score"])
             for i in self.suspects:

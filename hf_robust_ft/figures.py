@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import written_whole
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -41,14 +43,13 @@ def save_small(figure: Figure, path: str | Path, dpi: int) -> None:
     """Write an opaque PNG with a palette."""
     from PIL import Image  # matplotlib needs it, so it is there
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     written = io.BytesIO()
     figure.savefig(written, dpi=dpi, format="png")
     picture: Any = Image.open(written).convert("RGB")
     # Maximum coverage keeps the few dots of a rare colour; a median cut would mix them with the lines.
-    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-        path, format="PNG", optimize=True
-    )
+    picture = picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    with written_whole(Path(path)) as temporary:
+        picture.save(temporary, format="PNG", optimize=True)
 
 
 def tidy(axes: Any) -> None:

@@ -54,6 +54,7 @@ FLOORS = {
     "metrics": 3,
     "noisy_evaluation": 3,
     "hub": 3,
+    "interruption": 3,
     "penalized_step": 3,
     "raw_examples": 3,
     "recommendation": 3,

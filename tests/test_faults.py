@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import random
+import signal
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import killed
 import pytest
 import safetensors.torch
+import tiny
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from workers import resumable
 
-from hf_robust_ft import HessianReport
-from hf_robust_ft.card import read_card
-from hf_robust_ft.checkpoint import ConstraintRecord, is_complete, last_complete_checkpoint
+from hf_robust_ft import HessianRegularizedTrainer, HessianReport, RobustTrainingArguments
+from hf_robust_ft.checkpoint import STATE_FILE, ConstraintRecord, is_complete, last_complete_checkpoint
 from hf_robust_ft.hessian_measurement import FILE as REPORT_FILE
 from hf_robust_ft.hessian_measurement import load_start
+from hf_robust_ft.interruption import ECHO
 from hf_robust_ft.reference import load_reference
 
 Weights = dict[str, Tensor]
@@ -46,16 +51,14 @@ def _check_whole(folder: Path, start: Weights) -> None:
             torch.load(path, weights_only=False)
     if (folder / REPORT_FILE).exists():
         assert HessianReport.load(folder / REPORT_FILE).complete
-    if (folder / "robust_card.json").exists():
-        read_card(folder)
     for checkpoint in checkpoints:
         record = ConstraintRecord.load(checkpoint)
         reference = load_reference(folder, record.reference_sha256)
-        assert not tiny_difference(reference, start)
-        assert not tiny_difference(load_start(checkpoint), start)
+        assert not _different(reference, start)
+        assert not _different(load_start(checkpoint), start)
 
 
-def tiny_difference(got: Weights, expected: Weights) -> list[str]:
+def _different(got: Weights, expected: Weights) -> list[str]:
     return [name for name, weight in got.items() if not torch.equal(weight, expected[name])]
 
 
@@ -63,9 +66,7 @@ def tiny_difference(got: Weights, expected: Weights) -> list[str]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, Weights]:
     """The weights before and after a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    began = time.monotonic()
     final = killed.finish(killed.start(folder, 1, measured=True), folder)
-    print("undisturbed", time.monotonic() - began)
     return resumable.build().state_dict(), final
 
 
@@ -80,11 +81,244 @@ def test_after_twenty_kills_every_file_is_whole_and_the_run_ends_as_it_would_hav
         folder = tmp_path / str(runs)
         for _ in range(min(4, ROUNDS - rounds)):
             stopped = killed.killed(killed.start(folder, 1, measured=True), folder, moment, most=14, seconds=0.3)
+            print(killed.marks(folder), [p.name for p in folder.iterdir()])
             _check_whole(folder, start)
             if not stopped:
                 break
             rounds += 1
-        assert not tiny_difference(killed.finish(killed.start(folder, 1, measured=True), folder), expected)
+        assert not _different(killed.finish(killed.start(folder, 1, measured=True), folder), expected)
         _check_whole(folder, start)
         assert (folder / REPORT_FILE).is_file()
         runs += 1
+
+
+# Ctrl-C
+
+
+class At(TrainerCallback):
+    """Sends this process SIGINT, at an event of a step; once, or twice with time between."""
+
+    def __init__(self, event: str, step: int, times: int = 1) -> None:
+        self.begun: list[int] = []
+        self.step, self.times = step, times
+        setattr(self, event, self.interrupt)
+
+    def on_step_begin(
+        self, args: RobustTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.begun.append(state.global_step)
+
+    def interrupt(
+        self, args: RobustTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == self.step:
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+                time.sleep(1.2 * ECHO if self.times > 1 else 0)
+
+
+def _trainer(folder: Path, *callbacks: TrainerCallback, **settings: Any) -> HessianRegularizedTrainer:
+    """Of the model that all runs start from, with dropout; 11 batches an epoch."""
+    return HessianRegularizedTrainer(
+        resumable.build(),
+        resumable.arguments(folder, **({"max_steps": 6, "save_strategy": "no"} | settings)),
+        train_dataset=resumable.examples(),
+        eval_dataset=resumable.examples(5),
+        callbacks=list(callbacks),
+    )
+
+
+def _trained(folder: Path, **settings: Any) -> Weights:
+    trainer = _trainer(folder, **settings)
+    trainer.train()
+    return tiny.weights(trainer.model)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("again", ["anew", "by the same Trainer"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2},
+        {"save_strategy": "steps", "save_steps": 4, "noise_transition": None, "layer_radius": None},
+    ],
+    ids=["nothing saved", "saved at that step", "all features off"],
+)
+def test_ctrl_c_saves_and_a_resumed_run_goes_on_exactly(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], settings: dict[str, Any], again: str
+) -> None:
+    expected = _trained(tmp_path / "whole", **settings)
+    run = tmp_path / "run"
+    stopping = At("on_pre_optimizer_step", 2)
+    trainer = _trainer(run, stopping, hessian_examples=2, **settings)
+    with pytest.raises(
+        KeyboardInterrupt, match=r"after step 3 of 6, and saved in .*run/checkpoint-3\. Go on with trainer\.train\(resu"
+    ):
+        trainer.train()
+    assert stopping.begun == [0, 1, 2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "Ctrl-C: training stops after this step and saves a checkpoint" in capfd.readouterr().err
+    assert trainer.hessian_report is None
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-3")
+    if again == "anew":
+        stopping = At("on_train_end", -1)
+        trainer = _trainer(run, stopping, hessian_examples=2, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert stopping.begun[-3:] == [3, 4, 5]
+    assert not _different(tiny.weights(trainer.model), expected)
+    assert trainer.hessian_report is not None
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, At("on_pre_optimizer_step", 2, times=2), save_strategy="steps", save_steps=2)
+    with pytest.raises(KeyboardInterrupt) as error:
+        trainer.train()
+    assert "saved" not in str(error.value)
+    assert trainer.state.global_step == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_one_ctrl_c_that_arrives_twice_counts_once(tmp_path: Path) -> None:
+    """From the terminal, and from a launcher that passes it on."""
+    first, second = At("on_pre_optimizer_step", 2), At("on_pre_optimizer_step", 2)
+    with pytest.raises(KeyboardInterrupt, match="after step 3 of 6"):
+        _trainer(tmp_path, first, second).train()
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_epoch_that_is_over_is_evaluated_before_the_run_stops(tmp_path: Path) -> None:
+    """A resumed run begins with the next epoch, and would not know which was best."""
+    settings: dict[str, Any] = {
+        "max_steps": 22,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "load_best_model_at_end": True,
+    }
+    expected = _trained(tmp_path / "whole", **settings)
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt, match="after step 11 of 22"):
+        _trainer(run, At("on_step_begin", 10), **settings).train()
+    state = TrainerState.load_from_json(str(run / "checkpoint-11" / STATE_FILE))
+    assert state.best_global_step == 11
+    trainer = _trainer(run, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert not _different(tiny.weights(trainer.model), expected)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_once_all_steps_are_done_leaves_the_model(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, At("on_train_end", 6), hessian_examples=2)
+    with pytest.raises(
+        KeyboardInterrupt, match=r"all steps were done; the model is in .*, neither measured nor pushed"
+    ):
+        trainer.train()
+    assert not _different(safetensors.torch.load_file(tmp_path / "model.safetensors"), tiny.weights(trainer.model))
+    assert trainer.hessian_report is None
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_handler_of_the_script_stays_in_charge(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        seen.append(number)
+
+    signal.signal(signal.SIGINT, handler)
+    trainer = _trainer(tmp_path, At("on_step_begin", 2))
+    trainer.train()
+    assert seen == [signal.SIGINT]
+    assert trainer.state.global_step == 6
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_training_in_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    trainer = _trainer(tmp_path)
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join()
+    assert trainer.state.global_step == 6
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+class Interrupting(list[dict[str, Tensor]]):
+    """Examples of which some sends SIGINT when it is read, by a measurement."""
+
+    def __init__(self) -> None:
+        super().__init__(resumable.examples())
+        self.read = 0
+        self.at = -1
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read += 1
+        if self.read == self.at:
+            signal.raise_signal(signal.SIGINT)
+        return super().__getitem__(index)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("example", [1, 6], ids=["before any", "after some"])
+def test_ctrl_c_in_the_last_measurement_ends_the_script_once_all_is_saved(tmp_path: Path, example: int) -> None:
+    trainer = _trainer(tmp_path, hessian_examples=8, per_device_eval_batch_size=2, hessian_time_budget=0)
+    trainer.train_dataset = data = Interrupting()
+
+    class Armed(TrainerCallback):
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            data.at = data.read + example
+
+    trainer.add_callback(Armed())
+    with pytest.raises(KeyboardInterrupt, match=r"cut short; trainer\.measure_hessian\(\) measures anew"):
+        trainer.train()
+    assert not _different(safetensors.torch.load_file(tmp_path / "model.safetensors"), tiny.weights(trainer.model))
+    if example == 1:
+        assert not (tmp_path / REPORT_FILE).exists()
+    else:
+        report = HessianReport.load(tmp_path / REPORT_FILE)
+        assert (report.complete, report.examples) == (False, 4)
+        assert trainer.hessian_report == report
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_in_a_measurement_during_training_cuts_it_short_and_saves_the_training(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "hessian_every": 1,
+        "hessian_examples": 8,
+        "hessian_time_budget": 0,
+        "per_device_eval_batch_size": 2,
+    }
+    expected = _trained(tmp_path / "whole", **settings)
+    run = tmp_path / "run"
+    trainer = _trainer(run, **settings)
+    trainer.train_dataset = data = Interrupting()
+
+    class Armed(TrainerCallback):
+        def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+            data.at = data.read + 6
+
+    trainer.add_callback(Armed())
+    with pytest.raises(KeyboardInterrupt, match="after step 2 of 6"):
+        trainer.train()
+    assert not HessianReport.load(run / REPORT_FILE).complete
+    trainer = _trainer(run, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert not _different(tiny.weights(trainer.model), expected)
+    assert HessianReport.load(run / REPORT_FILE).complete
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_in_a_candidate_of_a_radius_stops_at_once(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, layer_radius="auto", noise_transition=None)
+    start = tiny.weights(trainer.model)
+    trainer.train_dataset = data = Interrupting()
+    data.at = 6
+    with pytest.raises(KeyboardInterrupt) as error:
+        trainer.train()
+    assert "saved" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+    assert not _different(tiny.weights(trainer.model), start)

@@ -23,9 +23,9 @@ MEASURED: dict[str, Any] = {
     "eval_steps": 2,
     "save_total_limit": 2,
     "load_best_model_at_end": True,
-    "hessian_every": 2,
+    "hessian_every": 3,
     "hessian_examples": 3,
-    "hessian_time_budget": 0.1,
+    "hessian_time_budget": 0.0,
 }
 PROGRESS_FILE, FINAL_FILE = "progress", "final.safetensors"
 
@@ -94,7 +94,7 @@ def run(folder: Path, accumulation: int, measured: bool = False) -> None:
     """Train to the end, from the newest complete checkpoint if there is one, and save the weights.
 
     Args:
-        measured: evaluate and save after every second step, measure the curvature with each second evaluation and at
+        measured: evaluate and save after every second step, measure the curvature with each third evaluation and at
             the end, keep two checkpoints, and end with the best one.
     """
     # More threads than cores would only slow it down.
@@ -109,6 +109,4 @@ def run(folder: Path, accumulation: int, measured: bool = False) -> None:
     )
     started = last_complete_checkpoint(folder) is not None
     trainer.train(resume_from_checkpoint=True if started else None)
-    if measured:
-        trainer.create_model_card()
     safetensors.torch.save_file(trainer.model.state_dict(), folder / FINAL_FILE)

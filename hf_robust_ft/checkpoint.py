@@ -22,10 +22,12 @@ from .reference import ReferenceMismatch
 RECORD_FILE = "_constraints.json"
 STATE_FILE = "trainer_state.json"
 WEIGHTS_FILE = "model.safetensors"
+UNFINISHED_FILE = "_unfinished"
 FILES_FILE = "_files.json"
 """The sizes of a checkpoint's files, without which Trainer would go on with a new optimizer and say nothing."""
-WEIGHTS = (".safetensors", ".bin")
-RESUMED_FROM = (*WEIGHTS, ".pt", ".pth")
+RESUMED_FROM = (".safetensors", ".bin", ".pt", ".pth")
+# model.safetensors, adapter_model.bin, mp_rank_00_model_states.pt, …, but not tokenizer.model.
+ANY_WEIGHTS = "*model[-_.]*"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def is_complete(checkpoint: Path) -> bool:
         return False
     # Written by Trainer, which keeps no record.
     files = [path for path in checkpoint.rglob("*") if path.suffix in RESUMED_FROM]
-    return any(path.suffix in WEIGHTS for path in files) and not any(map(_cut_off, files))
+    return any(checkpoint.rglob(ANY_WEIGHTS)) and not any(map(_cut_off, files))
 
 
 def _cut_off(path: Path) -> bool:
@@ -112,8 +114,17 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
+def discard_unfinished(run_folder: Path) -> None:
+    """Remove the checkpoints that a run was killed while saving, by the mark of :func:`saved_last`.
+
+    ``Trainer`` would count them for ``save_total_limit``, and might keep one in the place of a whole one.
+    """
+    for mark in run_folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{UNFINISHED_FILE}"):
+        discard(mark.parent)
+
+
 @contextlib.contextmanager
-def saved_last(state: TrainerState, checkpoint: Path) -> Iterator[None]:
+def saved_last(state: TrainerState, checkpoint: Path, writes: bool) -> Iterator[None]:
     """While a checkpoint is saved: its state is written as a whole, after all else in it is on the disk.
 
     ``Trainer`` deletes older checkpoints right after it wrote the state, so that waiting any longer would be too late.
@@ -124,11 +135,15 @@ def saved_last(state: TrainerState, checkpoint: Path) -> Iterator[None]:
         sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
         with written_whole(checkpoint / FILES_FILE) as temporary:
             temporary.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+        (checkpoint / UNFINISHED_FILE).unlink()
         sync_tree(checkpoint)
         with written_whole(Path(json_path)) as temporary:
             type(state).save_to_json(state, str(temporary))
         sync(checkpoint.parent)
 
+    if writes:
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / UNFINISHED_FILE).touch()
     vars(state)["save_to_json"] = save_to_json
     try:
         yield

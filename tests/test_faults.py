@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import signal
+import subprocess
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +20,11 @@ import safetensors.torch
 import tiny
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainerControl, TrainerState
 from workers import resumable
 
-from hf_robust_ft import HessianRegularizedTrainer, HessianReport, RobustTrainingArguments
-from hf_robust_ft.checkpoint import STATE_FILE, ConstraintRecord, is_complete, last_complete_checkpoint
+from hf_robust_ft import HessianRegularizedTrainer, HessianReport, NotWritten, RobustTrainingArguments
+from hf_robust_ft.checkpoint import STATE_FILE, UNFINISHED_FILE, ConstraintRecord, is_complete, last_complete_checkpoint
 from hf_robust_ft.hessian_measurement import FILE as REPORT_FILE
 from hf_robust_ft.hessian_measurement import load_start
 from hf_robust_ft.interruption import ECHO
@@ -81,7 +85,6 @@ def test_after_twenty_kills_every_file_is_whole_and_the_run_ends_as_it_would_hav
         folder = tmp_path / str(runs)
         for _ in range(min(4, ROUNDS - rounds)):
             stopped = killed.killed(killed.start(folder, 1, measured=True), folder, moment, most=14, seconds=0.3)
-            print(killed.marks(folder), [p.name for p in folder.iterdir()])
             _check_whole(folder, start)
             if not stopped:
                 break
@@ -212,9 +215,7 @@ def test_an_epoch_that_is_over_is_evaluated_before_the_run_stops(tmp_path: Path)
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_once_all_steps_are_done_leaves_the_model(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, At("on_train_end", 6), hessian_examples=2)
-    with pytest.raises(
-        KeyboardInterrupt, match=r"all steps were done; the model is in .*, neither measured nor pushed"
-    ):
+    with pytest.raises(KeyboardInterrupt, match=r"all steps were done; the model is in .*, neither measured"):
         trainer.train()
     assert not _different(safetensors.torch.load_file(tmp_path / "model.safetensors"), tiny.weights(trainer.model))
     assert trainer.hessian_report is None
@@ -322,3 +323,213 @@ def test_ctrl_c_in_a_candidate_of_a_radius_stops_at_once(tmp_path: Path) -> None
     assert "saved" not in str(error.value)
     assert not list(tmp_path.iterdir())
     assert not _different(tiny.weights(trainer.model), start)
+
+
+# A disk that is full, or may only be read
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """A function that mounts a small disk in memory, or mounts it anew with other options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = False
+
+    def mount(options: str) -> Path:
+        nonlocal mounted
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            pytest.skip(f"mounting is not permitted: {done.stderr.strip()}")
+        mounted = True
+        return folder
+
+    yield mount
+    if mounted:
+        # Later, where the traceback of a failed torch.save still holds its file.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def _fill(folder: Path, leave: int) -> Path:
+    """A file that leaves so many bytes of a disk."""
+    filler = folder / "filler"
+    with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"\0" * 4096) == 4096:
+            pass
+    os.truncate(filler, max(filler.stat().st_size - leave, 0))
+    return filler
+
+
+def test_a_checkpoint_that_does_not_fit_says_so_and_leaves_the_ones_before(disk: Callable[..., Path]) -> None:
+    folder = disk("size=4m")
+    run = folder / "run"
+
+    class Fill(TrainerCallback):
+        def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+            _fill(folder, 50_000)
+
+    trainer = _trainer(run, Fill(), save_strategy="steps", save_steps=2)
+    with pytest.raises(
+        NotWritten,
+        match=r"run/checkpoint-4 was not written \(.*; 0\.0 MB are free there\)\. Make room, and go on from "
+        r".*run/checkpoint-2 with trainer\.train\(resume_from_checkpoint=True\)",
+    ):
+        trainer.train()
+    assert not (run / "checkpoint-4").exists()
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-2")
+    (folder / "filler").unlink()
+    trainer = _trainer(run, save_strategy="steps", save_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert not _different(tiny.weights(trainer.model), _trained(folder / "whole"))
+
+
+def test_a_first_checkpoint_that_does_not_fit_says_how_to_keep_the_model(disk: Callable[..., Path]) -> None:
+    folder = disk("size=24k")
+    with pytest.raises(NotWritten, match=r"There is no earlier checkpoint\. trainer\.save_model\(another folder\)"):
+        _trainer(folder, save_strategy="steps", save_steps=2, layer_radius=None).train()
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_a_disk_that_fills_at_the_end_costs_no_result(
+    disk: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = disk("size=4m")
+    run = folder / "run"
+    trainer = _trainer(run, hessian_examples=2, hessian_time_budget=0)
+    trainer.train()
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+
+    class Fill(TrainerCallback):
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            _fill(folder, 4096)
+
+    trainer = _trainer(run, Fill(), hessian_examples=2, hessian_time_budget=0, max_steps=4)
+    trainer.train()
+    assert "The trained model was not saved:" in caplog.text
+    assert "It is in memory: call trainer.save_model()" in caplog.text
+    assert "hessian_report.json was not written" in caplog.text
+    assert "trainer.hessian_report has the report: trainer.hessian_report.save(path)" in caplog.text
+    assert trainer.state.global_step == 4
+    assert trainer.hessian_report is not None
+    # What an earlier training had left there is as it was, and nothing half-written beside it.
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    with pytest.raises(NotWritten, match=r"README\.md was not written|robust_card\.json was not written|hessian_rep"):
+        trainer.create_model_card()
+    trainer.hessian_report.save(tmp_path / "elsewhere.json")
+    (folder / "filler").unlink()
+    trainer.save_model()
+    assert not _different(safetensors.torch.load_file(run / "model.safetensors"), tiny.weights(trainer.model))
+
+
+def _read_only(disk: Callable[..., Path], tmp_path: Path) -> Path:
+    folder = disk("size=1m")
+    disk("remount,ro")
+    return folder / "run"
+
+
+def _read_only_but_there(disk: Callable[..., Path], tmp_path: Path) -> Path:
+    folder = disk("size=1m")
+    (folder / "run").mkdir()
+    disk("remount,ro")
+    return folder / "run"
+
+
+def _a_file(disk: Callable[..., Path], tmp_path: Path) -> Path:
+    (tmp_path / "run").touch()
+    return tmp_path / "run"
+
+
+def _below_a_file(disk: Callable[..., Path], tmp_path: Path) -> Path:
+    return _a_file(disk, tmp_path) / "run"
+
+
+@pytest.mark.parametrize("place", [_read_only, _read_only_but_there, _a_file, _below_a_file])
+def test_an_output_folder_that_cannot_be_is_refused_before_the_first_step(
+    disk: Callable[..., Path], tmp_path: Path, place: Callable[..., Path]
+) -> None:
+    folder, begun = place(disk, tmp_path), At("on_train_end", -1)
+    with pytest.raises(NotWritten, match=f"output_dir is '{folder}', where nothing can be written .*; give a folder"):
+        _trainer(folder, begun, save_strategy="epoch").train()
+    assert begun.begun == []
+
+
+def test_what_saves_nothing_needs_no_folder_that_can_be_written_to(disk: Callable[..., Path], tmp_path: Path) -> None:
+    trainer = _trainer(_read_only_but_there(disk, tmp_path))
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+# Damaged files, and those of another model
+
+
+def test_a_checkpoint_that_lacks_a_file_or_half_of_one_is_passed_over(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    _trainer(tmp_path / "ours", **settings).train()
+    arguments = resumable.arguments(tmp_path / "trainer", noise_transition=None, layer_radius=None, **settings)
+    Trainer(resumable.build(), arguments, train_dataset=resumable.examples()).train()
+    for kind, names in {
+        "ours": ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE),
+        "trainer": ("model.safetensors", STATE_FILE),  # it keeps no record of the others
+    }.items():
+        run = tmp_path / kind
+        assert last_complete_checkpoint(run) == str(run / "checkpoint-4")
+        for name in names:
+            path = run / "checkpoint-4" / name
+            content = path.read_bytes()
+            path.unlink()
+            assert last_complete_checkpoint(run) == str(run / "checkpoint-2"), name
+            path.write_bytes(content[: len(content) // 2])
+            assert last_complete_checkpoint(run) == str(run / "checkpoint-2"), name
+            path.write_bytes(content)
+    # A file of torch.save that is cut off shows it, too.
+    (tmp_path / "trainer" / "checkpoint-4" / "optimizer.pt").write_bytes(b"\x80")
+    assert last_complete_checkpoint(tmp_path / "trainer") == str(tmp_path / "trainer" / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"hidden_size": 32},
+            r"another model than this BertFor.*: .* has shape \(40, 16\) there, \(40, 32\) here, and",
+        ),
+        ({"num_hidden_layers": 2}, r"another model .*: it lacks bert\.encoder\.layer\.1\..*, and 15 more\. Give the"),
+        ({"num_hidden_layers": 0}, r"another model .*: the model has no bert\.encoder\.layer\.0\..* Give the checkpoi"),
+    ],
+    ids=["wider", "deeper", "less deep"],
+)
+@pytest.mark.parametrize("radius", [None, resumable.RADIUS])
+def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_overwritten(
+    tmp_path: Path, changes: dict[str, int], message: str, radius: float | None
+) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "layer_radius": radius}
+    _trainer(tmp_path, **settings).train()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    config = resumable.build().config
+    vars(config).update(changes)
+    model = BertForSequenceClassification(config)
+    start, begun = tiny.weights(model), At("on_train_end", -1)
+    arguments = resumable.arguments(tmp_path, **settings | {"max_steps": 4})
+    trainer = HessianRegularizedTrainer(model, arguments, train_dataset=resumable.examples(), callbacks=[begun])
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=True)
+    assert begun.begun == []
+    assert not _different(tiny.weights(model), start)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_a_killed_run_left_goes_before_it_counts_as_a_checkpoint(tmp_path: Path) -> None:
+    """Of checkpoints of the same second ``Trainer`` keeps that of the highest step, whole or not."""
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    _trainer(tmp_path, **settings, max_steps=2).train()
+    half = tmp_path / "checkpoint-8"
+    half.mkdir()
+    (half / UNFINISHED_FILE).touch()
+    (half / "model.safetensors").write_bytes(b"half")
+    other = tmp_path / "checkpoint-best"  # not ours
+    other.mkdir()
+    _trainer(tmp_path, **settings, max_steps=4).train(resume_from_checkpoint=True)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert not half.exists()
+    assert other.exists()

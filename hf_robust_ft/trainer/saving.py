@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from ..checkpoint import discard, is_complete, last_complete_checkpoint, saved_last
+from ..checkpoint import discard, discard_unfinished, is_complete, last_complete_checkpoint, saved_last
 from ..features import setting
 from ..files import check_writable, explained, not_a_folder, remove_abandoned, written_together
 from .hub import PushingTrainer
@@ -41,8 +41,10 @@ class SavingTrainer(PushingTrainer):
             raise not_a_folder(folder, "output_dir", error) from error
 
     def _check_output(self) -> None:
-        """Before the first step, and only if something will be saved."""
+        """Before the first step: it can be written to, if something will be saved, and holds nothing half-written."""
         args = self.args
+        if self._is_candidate or not args.should_save:
+            return
         saves = (
             args.save_strategy != SaveStrategy.NO
             or args.push_to_hub
@@ -51,9 +53,10 @@ class SavingTrainer(PushingTrainer):
             or self._uses_posteriors
             or self._chooses_radius
         )
-        if saves and args.should_save and not self._is_candidate:
+        if saves:
             check_writable(self._folder, "output_dir")
-            remove_abandoned(self._folder)
+        remove_abandoned(self._folder)
+        discard_unfinished(self._folder)
 
     # Whole
 
@@ -81,7 +84,7 @@ class SavingTrainer(PushingTrainer):
                 discard(checkpoint)  # what a killed run left under this name must not mix with what comes
             self.accelerator.wait_for_everyone()
             try:
-                with saved_last(self.state, checkpoint):
+                with saved_last(self.state, checkpoint, self.args.should_save):
                     super()._save_checkpoint(model, trial)
             except Exception:
                 if self.args.should_save and not is_complete(checkpoint):

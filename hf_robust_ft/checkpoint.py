@@ -16,6 +16,7 @@ from torch import nn
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .fields import check_fields
 from .files import sync, sync_tree, written_whole
 from .reference import ReferenceMismatch
 
@@ -55,9 +56,7 @@ class ConstraintRecord:
         path = Path(checkpoint) / RECORD_FILE
         try:
             record = cls(**json.loads(path.read_text(encoding="utf-8")))
-            strings, numbers = [record.reference_sha256, *record.fresh], record.radii.values()
-            if not all(isinstance(s, str) for s in strings) or not all(isinstance(n, float) for n in numbers):
-                raise TypeError("a value has the wrong type")
+            check_fields(record)
         except FileNotFoundError:
             raise ReferenceMismatch(
                 f"{path} is missing: this checkpoint was trained without layer_radius, so its centres are not known. "

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .fields import check_shapes
 from .files import written_whole
 from .noise import ROW_SUM_TOLERANCE, load_transition
 
@@ -50,8 +51,11 @@ class LabelTargets(NamedTuple):
         """
         path = Path(folder) / FILE
         try:
-            return cls(**safetensors.torch.load_file(path))
-        except (SafetensorError, TypeError) as error:
+            targets = cls(**safetensors.torch.load_file(path))
+            n, classes = targets.posteriors.shape
+            check_shapes(targets, {"labels": (n,), "transition": (classes, classes)})
+            return targets
+        except (SafetensorError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} can't be read ({error}): restore it, or remove it, so that it is computed again"
             ) from error

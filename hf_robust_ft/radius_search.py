@@ -23,6 +23,7 @@ from transformers import TrainingArguments
 from .arguments import AUTO
 from .corrected_loss import loss_type
 from .features import make_constraints, num_classes, one_class_an_example
+from .fields import check_fields
 from .files import written_whole
 from .noise import IGNORE_INDEX, check_labels, invert_transition, load_transition, read_transition
 
@@ -98,7 +99,9 @@ class RadiusChoice:
             rows = content.pop("candidates")
             for row in (content, *rows):
                 row["radius"] = math.inf if row["radius"] is None else float(row["radius"])
-            return cls(candidates=tuple(RadiusCandidate(**row) for row in rows), **content)
+            choice = cls(candidates=tuple(RadiusCandidate(**row) for row in rows), **content)
+            check_fields(choice)
+            return choice
         except FileNotFoundError:
             raise ValueError(
                 f"layer_radius='{AUTO}', but {path} is missing, so the radius of this run is not known; put the file "

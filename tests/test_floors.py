@@ -16,6 +16,7 @@ PACKAGE = "hf_robust_ft"
 # __init__ gathers the public names and so stands outside the floors.
 FLOORS = {
     "clean_accuracy": 1,
+    "fields": 1,
     "files": 1,
     "noise": 1,
     "noise_shape": 1,

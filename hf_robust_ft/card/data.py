@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 
 from ..bounds.bound import Bound
 from ..constraints import ConstraintRow
+from ..fields import check_fields
 from ..files import written_whole
 from ..risks import MeasuredRisk
 
@@ -130,26 +130,14 @@ class CardData:
                 ConstraintRow(**{**row, "shape": tuple(row["shape"]), "tied": tuple(row["tied"])})
                 for row in content["constraints"]
             ]
-            _check_types(content)
-            return cls(**content)
+            card = cls(**content)
+            check_fields(card, nan_is_none=True)
+            return card
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} holds no card of this version ({error}): make the card again with "
                 "trainer.create_model_card() or hf-robust-ft measure"
             ) from error
-
-
-def _check_types(content: Mapping[str, Any]) -> None:
-    """Lists, tables and texts are what they should be."""
-    for name, wanted in get_type_hints(CardData).items():
-        kinds = (
-            tuple(get_origin(kind) or kind for kind in get_args(wanted))
-            if isinstance(wanted, UnionType)
-            else (get_origin(wanted),)
-        )
-        value = content.get(name)
-        if name in content and not isinstance(value, (*kinds, int) if float in kinds else kinds):
-            raise TypeError(f"{name} is {value!r:.60}")
 
 
 def plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..fields import check_fields
 from ..files import written_whole
 from ..layers import NotALayer
 
@@ -115,12 +116,14 @@ class HessianReport:
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
-            if (written := str(found.pop("format"))) != FORMAT and written.startswith(FORMAT.partition("/")[0]):
+            if (written := str(found.pop("format"))) != FORMAT:
+                if not written.startswith(FORMAT.partition("/")[0]):
+                    raise TypeError(f"its format is {written[:60]}")
                 raise ValueError(
                     f"{path} is written as {written}, and this version of hf_robust_ft reads {FORMAT}: measure again, "
                     "or read it with the version that wrote it"
                 )
-            return cls(
+            report = cls(
                 **{
                     **found,
                     "layers": tuple(_layer(layer) for layer in found["layers"]),
@@ -131,6 +134,8 @@ class HessianReport:
                     "notes": tuple(found["notes"]),
                 }
             )
+            check_fields(report)
+            return report
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no report of measure_hessian ({error!r}): measure again") from error
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from ..fields import check_fields, check_shapes
 from ..files import written_whole
 from ..noise import Matrix
 from .verdict import NoiseLevel, noise_level
 
 FORMAT = "hf_robust_ft.TransitionEstimate/1"
+ARRAYS = ("transition", "standard_error", "interval", "clean_prior", "effective_counts", "counts", "draws")
 
 # The text of an estimate prints T whole up to this many classes, and its largest entries beyond.
 PRINTED_CLASSES = 12
@@ -97,13 +99,32 @@ class TransitionEstimate:
         if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != {"format", *names}:
             raise ValueError(f"{source} holds no transition estimate; give a file that TransitionEstimate.save wrote")
         values = {name: content[name] for name in names}
-        for name in ("transition", "standard_error", "interval", "clean_prior", "effective_counts", "counts", "draws"):
-            values[name] = np.array(values[name], dtype=np.float64)
-        for name in ("noise_rate_interval", "singular_value_interval"):
-            values[name] = tuple(values[name])
         if values["condition_number"] is None:
             values["condition_number"] = float("inf")
-        return cls(**values)
+        try:
+            for name in (
+                "transition",
+                "standard_error",
+                "interval",
+                "clean_prior",
+                "effective_counts",
+                "counts",
+                "draws",
+            ):
+                values[name] = np.array(values[name], dtype=np.float64)
+            for name in ("noise_rate_interval", "singular_value_interval"):
+                values[name] = tuple(values[name])
+            estimate = cls(**values)
+            check_fields(estimate)
+            k, replicates = np.size(estimate.transition, 0), len(estimate.draws)
+            square, line = {"transition": (k, k), "standard_error": (k, k), "interval": (k, k, 2)}, (k,)
+            check_shapes(estimate, {**square, "clean_prior": line, "effective_counts": line, "counts": line})
+            check_shapes(estimate, {"draws": (replicates, k, k)})
+        except (IndexError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{source} holds a damaged transition estimate ({error}); restore it, or estimate T again"
+            ) from None
+        return estimate
 
     def save(self, path: str | Path) -> None:
         """Write the estimate as JSON, at once: a reader never sees half a file."""

@@ -30,6 +30,7 @@ from .estimation import (
     estimate_transition,
     trusted_transition,
 )
+from .files import NotWritten
 from .fold_probabilities import out_of_fold_probabilities
 from .frozen_features import frozen_features
 from .gibbs import NoNoiseRule, Posterior, fit_posterior, pac_bayes_certificate, pac_bayes_head
@@ -82,6 +83,7 @@ __all__ = [
     "MeasurementStopped",
     "NoNoiseRule",
     "NotALayer",
+    "NotWritten",
     "Posterior",
     "PushFailed",
     "QuadraticForms",

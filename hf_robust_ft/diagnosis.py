@@ -151,7 +151,6 @@ class Diagnosis:
             The same, with ``noise_transition`` (where it is recommended) naming the file written.
         """
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
         arguments = dict(self.arguments)
         if "noise_transition" in arguments:
             arguments["noise_transition"] = str(target / FILE)

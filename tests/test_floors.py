@@ -59,6 +59,7 @@ FLOORS = {
     "metrics": 3,
     "noisy_evaluation": 3,
     "hub": 3,
+    "interruption": 3,
     "penalized_step": 3,
     "processes": 2,
     "raw_examples": 3,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_robust_ft import HessianRegularizedTrainer, LayerConstraints, find_layers
+from hf_robust_ft.interruption import ECHO
 from hf_robust_ft.penalties import antithetic_noise
 
 SIGMA, PULL, RATE, STEPS = 0.05, 0.5, 0.1, 3
@@ -238,6 +240,8 @@ def test_after_ctrl_c_the_weights_are_those_between_two_steps(tmp_path: Path, at
 
     def interrupt(*_: Any) -> None:
         if len(seen.passes) == at + 1:
+            signal.raise_signal(signal.SIGINT)  # which waits for the end of the step
+            time.sleep(1.2 * ECHO)
             signal.raise_signal(signal.SIGINT)
 
     model.register_forward_hook(interrupt)

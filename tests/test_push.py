@@ -220,7 +220,7 @@ def test_a_card_that_fails_does_not_take_the_training_away(
     trainer = pushing(tmp_path)
     (tmp_path / "out" / "README.md").mkdir(parents=True)
     assert trainer.train().global_step == 2
-    assert "The model was not pushed: IsADirectoryError" in caplog.text
+    assert "The model was not pushed: NotWritten" in caplog.text
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert hub.repos[ID].commits == []
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import random
 import shutil
-import signal
-import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import killed
 import pytest
 import safetensors.torch
 import torch
@@ -51,67 +48,30 @@ def _distances(trainer: HessianRegularizedTrainer, reference: Weights) -> dict[s
 
 # A run that is killed
 
-# Each start of a process costs what it trains, not the import of all libraries.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["hf_robust_ft", "transformers.models.bert.modeling_bert"])
 KILLS = 5
-
-
-def _start(folder: Path, accumulation: int) -> BaseProcess:
-    folder.mkdir(exist_ok=True)
-    process = PROCESSES.Process(target=resumable.run, args=(folder, accumulation), daemon=True)
-    process.start()
-    return process
-
-
-def _finish(process: BaseProcess, folder: Path) -> Weights:
-    process.join()
-    assert process.exitcode == 0
-    return safetensors.torch.load_file(folder / resumable.FINAL_FILE)
-
-
-def _steps(folder: Path) -> int:
-    """Steps done in all starts together."""
-    path = folder / resumable.PROGRESS_FILE
-    return path.stat().st_size if path.exists() else 0
-
-
-def _killed(process: BaseProcess, folder: Path, moment: random.Random) -> bool:
-    """SIGKILL after some more steps: in the next one, or while it is saving, which takes most of the time.
-
-    False if the process was faster, and has ended.
-    """
-    last = _steps(folder) + moment.randint(1, 5)
-    while process.is_alive() and _steps(folder) < last:
-        time.sleep(0.001)
-    time.sleep(moment.uniform(0, 0.05))
-    process.kill()
-    process.join()
-    assert process.exitcode in (-signal.SIGKILL, 0)
-    return process.exitcode != 0
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=lambda accumulation: f"accumulation {accumulation}")
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Weights]:
     """Gradient accumulation, and the weights after a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    return request.param, _finish(_start(folder, request.param), folder)
+    return request.param, killed.finish(killed.start(folder, request.param), folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0])
 def test_a_killed_run_ends_with_the_same_weights(whole: tuple[int, Weights], tmp_path: Path, seed: int) -> None:
     accumulation, expected = whole
     moment = random.Random(seed)
     kills = 0
-    while kills < KILLS and _killed(_start(tmp_path, accumulation), tmp_path, moment):
+    while kills < KILLS and killed.killed(killed.start(tmp_path, accumulation), tmp_path, moment):
         kills += 1
     assert kills > 0
-    checkpoint, steps = last_complete_checkpoint(tmp_path), _steps(tmp_path)
-    assert _different(_finish(_start(tmp_path, accumulation), tmp_path), expected) == []
+    checkpoint, steps = last_complete_checkpoint(tmp_path), killed.marks(tmp_path)
+    assert _different(killed.finish(killed.start(tmp_path, accumulation), tmp_path), expected) == []
     # It did go on from the checkpoint: a run from the start would end with the same weights, too.
     saved = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
-    assert _steps(tmp_path) - steps == resumable.STEPS[accumulation] - saved
+    assert killed.marks(tmp_path) - steps == resumable.STEPS[accumulation] - saved
 
 
 # A run that is stopped after step 4 of 6

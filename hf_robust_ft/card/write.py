@@ -160,9 +160,7 @@ def _template() -> jinja2.Template:
 
 
 def _draw(folder: Path, data: CardData, report: HessianReport | None) -> tuple[str, ...]:
-    """The pictures that could be drawn. Those of an earlier card go."""
-    for name in (LAYERS_FILE, BOUNDS_FILE, TRANSITION_FILE):
-        (folder / name).unlink(missing_ok=True)
+    """The pictures that could be drawn. Others, of an earlier card, go."""
     drawn = []
     if report is not None and plot_layers(report, folder / LAYERS_FILE):
         drawn.append(LAYERS_FILE)
@@ -172,7 +170,8 @@ def _draw(folder: Path, data: CardData, report: HessianReport | None) -> tuple[s
     if data.transition is not None:
         classes = len(data.transition)
         names = data.classes if len(data.classes) == classes else [str(i) for i in range(classes)]
-        (folder / TRANSITION_FILE).parent.mkdir(exist_ok=True)
         if save_heat_map(np.array(data.transition), names, folder / TRANSITION_FILE):
             drawn.append(TRANSITION_FILE)
+    for name in {LAYERS_FILE, BOUNDS_FILE, TRANSITION_FILE}.difference(drawn):
+        (folder / name).unlink(missing_ok=True)
     return tuple(drawn)

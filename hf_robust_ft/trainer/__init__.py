@@ -1,4 +1,5 @@
-"""The Trainer, one class a concern, each upon the last: labels, loss, constraints, radius, curvature, card, Hub."""
+"""The Trainer, one class a concern, each upon the last: labels, loss, constraints, radius, curvature, card, Hub,
+saving."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from ..checkpoint import last_complete_checkpoint
-from .hub import PushingTrainer
+from .saving import SavingTrainer
 
 
-class HessianRegularizedTrainer(PushingTrainer):
+class HessianRegularizedTrainer(SavingTrainer):
     """``transformers.Trainer`` for few or badly labelled examples: same signature, same methods.
 
     With :class:`~hf_robust_ft.RobustTrainingArguments` it corrects the loss by the noise transition
@@ -69,7 +70,8 @@ class HessianRegularizedTrainer(PushingTrainer):
 
         @functools.wraps(Trainer.__init__)
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
+            with self._output_explained():
+                super().__init__(*args, **kwargs)
             self._set_up()
 
     def train(
@@ -78,7 +80,16 @@ class HessianRegularizedTrainer(PushingTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """As ``Trainer.train``; ``resume_from_checkpoint=True`` passes over checkpoints that were cut off."""
+        """As ``Trainer.train``; ``resume_from_checkpoint=True`` passes over checkpoints that were cut off.
+
+        Ctrl-C (SIGINT) lets the step finish, saves a checkpoint that the run can be resumed from, whatever
+        ``save_strategy`` says, and then raises KeyboardInterrupt; a second one raises it at once. Several processes
+        stop after the same step. Scripts that handle SIGINT themselves, and hyperparameter search, keep their own ways.
+
+        Raises:
+            NotWritten: ``output_dir`` can't be written to, before the first step; or a checkpoint can't be.
+            KeyboardInterrupt: after Ctrl-C.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
@@ -86,8 +97,10 @@ class HessianRegularizedTrainer(PushingTrainer):
                     f"No valid checkpoint found in output directory ({self.args.output_dir}): there is none, or each "
                     "was cut off while being written. Start anew with resume_from_checkpoint=None"
                 )
+        self._check_output()
         self._before_training(resume_from_checkpoint or None, trial)
-        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with self._interruptible(trial):
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if trial is None:
             self._measure_at_the_end()
             if self.args.push_to_hub:

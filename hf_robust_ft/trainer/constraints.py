@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..callbacks import ProjectionCallback
-from ..checkpoint import ConstraintRecord
+from ..checkpoint import ConstraintRecord, check_fits
 from ..constraints import ConstraintTable, LayerConstraints
 from ..features import make_constraints, setting
 from ..penalized_step import penalized_step
@@ -101,6 +101,8 @@ class ConstrainedTrainer(CorrectedTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Before the weights are read: a resume that is refused leaves the model, and so the next centres, as they were.
+        if self._sharded_by is None and Path(resume_from_checkpoint).is_dir():
+            check_fits(Path(resume_from_checkpoint), self._model)
         if self.constraints and Path(resume_from_checkpoint).is_dir():
             self._restore_constraints(Path(resume_from_checkpoint).absolute())
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..curvature import HessianReport, MeasurementStopped
 from ..features import IN_PREPARE, setting
+from ..files import NotWritten
 from ..hessian_measurement import (
     EXAMPLES,
     ExampleSet,
@@ -24,6 +25,7 @@ from ..hessian_measurement import (
     start_weights,
 )
 from ..hessian_measurement import FILE as REPORT_FILE
+from ..interruption import Interruption
 from ..noisy_evaluation import estimates_clean_accuracy
 from ..processes import Processes
 from ..reference import ReferenceMismatch, gathered
@@ -42,6 +44,7 @@ class MeasuringTrainer(RadiusTrainer):
         self._start_of = self._model
         self._saved_start: tuple[Path, str] | None = None
         self._evaluations = 0
+        self._interruption = Interruption()
         self._measured: tuple[Measurement, int] | None = None
 
     @property
@@ -83,6 +86,7 @@ class MeasuringTrainer(RadiusTrainer):
             ValueError: a sharded model, or what :func:`~hf_robust_ft.measure_hessian` refuses.
             ReferenceMismatch: no reference, or one of other layers or shapes.
             MeasurementStopped: an error after some examples; what was found until then is saved all the same.
+            NotWritten: the report can't be saved; :attr:`hessian_report` has it.
         """
         if self._sharded_by is not None:
             raise ValueError(
@@ -101,9 +105,9 @@ class MeasuringTrainer(RadiusTrainer):
             restore()
         if dataset is None:
             self._measured = found, self.state.global_step
-            if self.args.should_save:
-                found.report.save(Path(str(self.args.output_dir)) / REPORT_FILE)
         self.log(hessian_metrics(found.report, metric_key_prefix))
+        if dataset is None and self.args.should_save:
+            found.report.save(Path(str(self.args.output_dir)) / REPORT_FILE)
         return found.report
 
     def _measure(self, dataset: Any, examples: int | None, time_budget: float | None, reference: Any) -> Measurement:
@@ -128,20 +132,22 @@ class MeasuringTrainer(RadiusTrainer):
         elif evaluated is not None:
             held_out = {"eval": evaluated}
         noisy = {prefix: estimates_clean_accuracy(self.args, prefix) for prefix in held_out}
-        return measure(
-            model,
-            weights,
-            example_set("training" if dataset is None else "given", dataset, "noisy" if known else "as given"),
-            [
-                example_set(prefix, data, ("noisy" if noisy[prefix] else "clean") if known else "as given")
-                for prefix, data in held_out.items()
-            ],
-            self.label_names[0] if self.label_names else "labels",
-            self.args,
-            transition=self._transition,
-            examples=examples or setting(self.args, "hessian_examples") or EXAMPLES,
-            time_budget=setting(self.args, "hessian_time_budget") if time_budget is None else time_budget,
-        )
+        # Only here: elsewhere other processes would wait for ever for one that was cut short.
+        with self._interruption.at_once():
+            return measure(
+                model,
+                weights,
+                example_set("training" if dataset is None else "given", dataset, "noisy" if known else "as given"),
+                [
+                    example_set(prefix, data, ("noisy" if noisy[prefix] else "clean") if known else "as given")
+                    for prefix, data in held_out.items()
+                ],
+                self.label_names[0] if self.label_names else "labels",
+                self.args,
+                transition=self._transition,
+                examples=examples or setting(self.args, "hessian_examples") or EXAMPLES,
+                time_budget=setting(self.args, "hessian_time_budget") if time_budget is None else time_budget,
+            )
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
@@ -155,9 +161,20 @@ class MeasuringTrainer(RadiusTrainer):
         if not setting(self.args, "hessian_examples") or self._is_candidate:
             return
         # Saved first: whatever becomes of the measurement, the model is there.
-        self.save_model(_internal_call=True)
+        self._try_to_save()
         if self._measurement_now is None or self.args.load_best_model_at_end:
             self._try_to_measure()
+
+    def _try_to_save(self) -> None:
+        """At the end: a full disk does not take the result of the training away."""
+        try:
+            self.save_model(_internal_call=True)
+        except NotWritten as error:
+            logger.error(
+                "The trained model was not saved: %s. It is in memory: call trainer.save_model(), or "
+                "trainer.save_model(another folder)",
+                error,
+            )
 
     def _keep_start(self) -> None:
         if not setting(self.args, "hessian_examples") or self._is_candidate:
@@ -168,16 +185,27 @@ class MeasuringTrainer(RadiusTrainer):
             self._start = start_weights(self._model, self.constraints.reference)
 
     def _try_to_measure(self) -> None:
-        """At the end, or during training, which a failure must not end."""
+        """At the end, or during training, which a failure must not end.
+
+        Raises:
+            KeyboardInterrupt: once what was measured is saved, unless the training itself stops for it.
+        """
+        interrupted = False
         try:
-            self.measure_hessian()
+            # Cut short by Ctrl-C it returns what it has.
+            interrupted = not self.measure_hessian().complete
+        except NotWritten as error:
+            logger.error("%s. trainer.hessian_report has the report: trainer.hessian_report.save(path)", error)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - any at all: the training is worth more
+            interrupted = isinstance(error, KeyboardInterrupt)
             logger.error(
                 "The curvature was not measured: %s: %s. The training is unharmed. Go on with "
                 "trainer.measure_hessian(), or load the model and call hf_robust_ft.measure_hessian",
                 type(error).__name__,
                 error,
             )
+        if interrupted and not self._interruption.handles:
+            raise KeyboardInterrupt("the measurement was cut short; trainer.measure_hessian() measures anew")
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics: dict[str, float] = super()._evaluate(*args, **kwargs)

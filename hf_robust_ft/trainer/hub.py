@@ -135,9 +135,11 @@ class PushingTrainer(CardTrainer):
             self.push_to_hub()
         except PushFailed as error:
             logger.error("%s", error)
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - any at all: the training is worth more
+        except (Exception, KeyboardInterrupt) as error:  # any at all: the training is worth more
             said = f"{type(error).__name__}: {redacted(str(error), self.args.hub_token or '')}"
             logger.error("The model was not pushed: %s. Push it with trainer.push_to_hub()", said)
+            if isinstance(error, KeyboardInterrupt):
+                raise
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As ``hub_strategy`` says, weights and processor in the background, without a card: nothing is measured yet.

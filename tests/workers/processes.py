@@ -302,7 +302,7 @@ def failures(out: Path) -> dict[str, str]:
     """What each process says when one of them fails in the study of the labels."""
     folder = out / "failures"
     # Nothing can be written under this name.
-    (folder / "_label_posteriors.safetensors.tmp").mkdir(parents=True, exist_ok=True)
+    (folder / "_label_posteriors.safetensors").mkdir(parents=True, exist_ok=True)
     said = {}
     for name, data in {"read": Broken(examples("sequence", 8)), "write": examples("sequence", 30)}.items():
         settings = arguments(folder, noise_transition=NOISE, loss_correction="posterior", max_steps=1)

@@ -16,6 +16,17 @@ RADIUS = 0.02
 # Three and six epochs, by gradient accumulation. Whole ones: the Trainer resumes a finished run with one step
 # more where max_steps ends within an epoch.
 STEPS = {1: 3 * 11, 2: 6 * 6}
+# Over the end of an epoch of 11 steps.
+MEASURED: dict[str, Any] = {
+    "max_steps": 14,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "hessian_every": 3,
+    "hessian_examples": 3,
+    "hessian_time_budget": 0.0,
+}
 PROGRESS_FILE, FINAL_FILE = "progress", "final.safetensors"
 
 
@@ -66,20 +77,35 @@ class Progress(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def mark(self, *args: Any, **kwargs: Any) -> None:
         with open(self.path, "ab") as file:
             file.write(b".")
 
+    on_step_end = mark
 
-def run(folder: Path, accumulation: int) -> None:
-    """Train to the end, from the newest complete checkpoint if there is one, and save the weights."""
+
+class Marks(Progress):
+    """Also when a checkpoint was saved, and when an evaluation or the training ends, which measurements follow."""
+
+    on_save = on_evaluate = on_train_end = Progress.mark
+
+
+def run(folder: Path, accumulation: int, measured: bool = False) -> None:
+    """Train to the end, from the newest complete checkpoint if there is one, and save the weights.
+
+    Args:
+        measured: evaluate and save after every second step, measure the curvature with each third evaluation and at
+            the end, keep two checkpoints, and end with the best one.
+    """
     # More threads than cores would only slow it down.
     torch.set_num_threads(1)
+    settings = MEASURED if measured else {"max_steps": STEPS[accumulation]}
     trainer = HessianRegularizedTrainer(
         build(),
-        arguments(folder, max_steps=STEPS[accumulation], gradient_accumulation_steps=accumulation),
+        arguments(folder, gradient_accumulation_steps=accumulation, **settings),
         train_dataset=examples(),
-        callbacks=[Progress(folder / PROGRESS_FILE)],
+        eval_dataset=examples(5) if measured else None,
+        callbacks=[(Marks if measured else Progress)(folder / PROGRESS_FILE)],
     )
     started = last_complete_checkpoint(folder) is not None
     trainer.train(resume_from_checkpoint=True if started else None)

@@ -77,7 +77,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     estimate_transition(features, noisy, bootstrap=20).save(folder / ESTIMATE_FILE)
     candidates = RadiusCandidate(0.01, 0.5, 0.1, 0.0, 0.0), RadiusCandidate(float("inf"), 0.4, 0.1, 0.1, 0.05)
     RadiusChoice(0.01, candidates, "accuracy", 10, 0).save(folder / CHOICE_FILE)
-    LabelTargets(torch.rand(5, 3), torch.arange(5) % 3, torch.eye(3).double()).save(folder)
+    LabelTargets(torch.rand(5, 3).softmax(1), torch.arange(5) % 3, torch.eye(3).double()).save(folder)
     return folder
 
 

@@ -29,6 +29,7 @@ from hf_robust_ft import (
     symmetric_transition,
 )
 from hf_robust_ft.features import make_constraints
+from hf_robust_ft.noise_estimate import check_estimable
 
 T = (0.7 * np.eye(3) + 0.3 * np.random.default_rng(0).dirichlet(np.ones(3), 3)).tolist()
 
@@ -583,11 +584,14 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
     # The flag that Trainer sets; DeepSpeed itself is no dependency and needs a GPU to build.
     trainer.is_deepspeed_enabled = True
     trainer.args.layer_radius = 0.1
-    with pytest.raises(ValueError, match="layer_radius does not work with DeepSpeed yet"):
+    with pytest.raises(
+        ValueError, match="layer_radius does not work with DeepSpeed, which.*use DDP.*or FSDP2 by transformers"
+    ):
         trainer._hp_search_setup(None)
 
 
-def test_sharded_weights_are_refused(tmp_path: Path) -> None:
+def test_sharded_weights_are_constrained(tmp_path: Path) -> None:
+    """By one process, which holds all shards; by two: test_sharded.py."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
@@ -598,13 +602,13 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
         model = tiny.Mlp()
         mesh = init_device_mesh("cpu", (1,))
         model.fc1.weight = nn.Parameter(distribute_tensor(model.fc1.weight.detach(), mesh))
-        with pytest.raises(ValueError, match="does not work with a model sharded at load time yet"):
-            make_constraints(tiny.arguments(tmp_path, layer_radius=0.1), model)
-        with pytest.raises(
-            ValueError, match=r"hessian_penalty=0\.1 does not work with a model sharded at load time yet"
-        ):
-            make_constraints(tiny.arguments(tmp_path, hessian_penalty=0.1), model)
-        assert not make_constraints(tiny.arguments(tmp_path), model)
+        constraints = make_constraints(tiny.arguments(tmp_path, layer_radius=0.1, hessian_penalty=0.1), model)
+        with torch.no_grad():
+            model.fc1.weight.add_(1.0)
+        constraints.project_()
+        assert constraints.distances()["fc1.weight"] == pytest.approx(0.1, rel=1e-4)
+        with pytest.raises(ValueError, match=r"noise_transition='estimate' needs features that each process computes"):
+            check_estimable(model, [1, 2], ["labels"], "noise_transition='estimate'")
     finally:
         dist.destroy_process_group()
 

@@ -176,6 +176,7 @@ class Engine:
             exact = all(out.dtype == torch.float64 for op in tape.ops for out in op.outs if isinstance(out, Tensor))
             tape.ops.clear()
             tape.readers.clear()
+            tape.logits = tape.logits.detach()
             del losses, curved, outs, adjoints  # The check needs their memory.
             one = some_examples(inputs, batch, n, n + 1), labels[n : n + 1]
             if not self._agrees(*one, directions, chosen, hessian[:, n], slopes[:, n], exact):
@@ -264,6 +265,7 @@ class Engine:
                 outs = [use.out for use in uses.values()]
                 apart = separable(outs, torch.autograd.grad(losses.sum(), outs, retain_graph=True), losses)
                 uses = {d: use for (d, use), alone in zip(uses.items(), apart, strict=True) if alone}
+            del tape  # It keeps more than the graph of the losses does.
         except Untraceable as problem:
             self._note(f"{problem}: products are taken in weight space, one example at a time")
             uses, losses = {}, self._losses(inputs, labels, first)
@@ -276,6 +278,7 @@ class Engine:
                 leaves = [self.weights.leaves[i] for i in direction]
                 columns[d] = _column(in_weight_space(leaves, list(direction.values()), losses[0], steps))
         elif rest:
+            losses = losses.detach()  # The graph of all examples is of no use for each.
             forms = self._one_by_one(inputs, labels, lambda i, y, n: self._multiplied(i, y, some, steps, n), first)
             for k, d in enumerate(rest):
                 columns[d] = {name: table[:, k] for name, table in forms.tables().items()}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .chunks import product_chunk, sweep_chunk
 from .directions import Group
 from .loss import ExampleLoss, finite
 from .model import Inputs, Weights, some_examples
@@ -21,19 +22,6 @@ from .tape import Tape, Untraceable, Widest, record
 logger = logging.getLogger(__name__)
 
 Kind = Literal["hessian", "gauss_newton", "hessian_upper", "hessian_psd"]
-
-# Elements of the largest tensor times the directions that travel through it together. On a CPU more falls out of the
-# cache, and less makes matrices small and Python's share large.
-CPU_ELEMENTS = 4_000_000
-GPU_SHARE = 0.05
-# That many directions travel together at least; what room is left goes to examples first.
-DIRECTIONS = 8
-# Each example of a chunk is told apart by a power of two.
-MOST_EXAMPLES = 60
-# More examples on a CPU cost memory and gain no speed.
-CPU_EXAMPLES = 8
-# Products keep a graph for two backward passes, many times the activations.
-PRODUCT_ELEMENTS = 800_000
 
 
 @dataclass
@@ -122,8 +110,7 @@ class Engine:
         first: int = 0,
     ) -> Forms:
         """``vᵀ H v`` (as in :meth:`sweep`), ``‖H v‖``, ``‖P v‖`` and, with Lanczos steps, ``vᵀ H⁺ v``."""
-        room = max(1, min(CPU_EXAMPLES, _budget(labels.device, PRODUCT_ELEMENTS) // self._width(inputs, labels)))
-        size = _even(len(labels), self._examples_at_once or room)
+        size = product_chunk(len(labels), self.width(inputs, labels), labels.device, self._examples_at_once)
         parts = []
         for at in range(0, len(labels), size):
             some = some_examples(inputs, len(labels), at, at + size)
@@ -253,24 +240,16 @@ class Engine:
         uses: dict[int, Use] = {}
         try:
             tape, losses = self._record(inputs, labels, first)
-            for d, direction in enumerate(directions):
-                if len(direction) == 1:
-                    ((leaf, v),) = direction.items()
-                    use = find_use(tape, leaf, v, batch)
-                    if use is not None:
-                        uses[d] = use
             if not losses.requires_grad:
                 return self._flat(losses, len(directions))
-            if batch > 1 and uses:
-                outs = [use.out for use in uses.values()]
-                apart = separable(outs, torch.autograd.grad(losses.sum(), outs, retain_graph=True), losses)
-                uses = {d: use for (d, use), alone in zip(uses.items(), apart, strict=True) if alone}
+            uses = find_uses(tape, directions, losses)
             del tape  # It keeps more than the graph of the losses does.
         except Untraceable as problem:
             self._note(f"{problem}: products are taken in weight space, one example at a time")
             uses, losses = {}, self._losses(inputs, labels, first)
         found = in_activation_space(list(uses.values()), losses, steps) if uses else []
         columns = {d: _column(product) for d, product in zip(uses, found, strict=True)}
+        uses.clear()
         rest = [d for d in range(len(directions)) if d not in columns]
         some = [directions[d] for d in rest]
         if batch == 1:
@@ -323,16 +302,16 @@ class Engine:
         return finite(self._loss(self.weights.logits(inputs), labels), first)
 
     def _chunks(self, inputs: Inputs, labels: Tensor, directions: int) -> Iterator[tuple[int, Inputs, Tensor, int]]:
-        batch, width, budget = len(labels), self._width(inputs, labels), _budget(labels.device, CPU_ELEMENTS)
-        most = CPU_EXAMPLES if labels.device.type == "cpu" else MOST_EXAMPLES
-        room = max(1, min(most, budget // (width * min(directions, DIRECTIONS))))
-        size = _even(batch, self._examples_at_once or room)
-        together = self._directions_at_once or max(DIRECTIONS, budget // (width * size))
+        batch = len(labels)
+        size, together = sweep_chunk(
+            batch, self.width(inputs, labels), directions, labels.device,
+            self._examples_at_once, self._directions_at_once,
+        )  # fmt: skip
         for at in range(0, batch, size):
             end = min(batch, at + size)
             yield at, some_examples(inputs, batch, at, end), labels[at:end], together
 
-    def _width(self, inputs: Inputs, labels: Tensor) -> int:
+    def width(self, inputs: Inputs, labels: Tensor) -> int:
         """Elements of the largest activation of one example.
 
         Raises:
@@ -379,6 +358,17 @@ class Engine:
             logger.warning("curvature: %s", text)
 
 
+def find_uses(tape: Tape, directions: Sequence[Direction], losses: Tensor) -> dict[int, Use]:
+    """Of the directions whose products are taken in activation space, all examples together."""
+    ones = {d: next(iter(direction.items())) for d, direction in enumerate(directions) if len(direction) == 1}
+    uses = {d: use for d, (leaf, v) in ones.items() if (use := find_use(tape, leaf, v, len(losses))) is not None}
+    if len(losses) == 1 or not uses:
+        return uses
+    outs = [use.out for use in uses.values()]
+    apart = separable(outs, torch.autograd.grad(losses.sum(), outs, retain_graph=True), losses)
+    return {d: use for (d, use), alone in zip(uses.items(), apart, strict=True) if alone}
+
+
 def _finite_forms(forms: Forms, first: int) -> Forms:
     for name, table in forms.tables().items():
         bad = (~table.isfinite()).nonzero()
@@ -396,16 +386,3 @@ def _column(product: Products) -> dict[str, Tensor]:
     if product.positive is not None and product.gap is not None:
         found |= {"positive": product.positive, "gap": product.gap}
     return {name: value.cpu() for name, value in found.items()}
-
-
-def _even(examples: int, at_most: int) -> int:
-    """The size of chunks that are as equal as can be."""
-    return -(-examples // -(-examples // at_most))
-
-
-def _budget(device: torch.device, on_cpu: int) -> int:
-    """Elements of a tensor that travel together."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * GPU_SHARE / 4)
-    return on_cpu

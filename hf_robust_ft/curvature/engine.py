@@ -15,7 +15,7 @@ from .chunks import product_chunk, sweep_chunk
 from .directions import Group
 from .loss import ExampleLoss, finite
 from .model import Inputs, Weights, some_examples
-from .products import Products, Use, differentiating_twice, find_use, in_activation_space, in_weight_space
+from .products import Products, Use, differentiating_twice, find_uses, in_activation_space, in_weight_space
 from .sweep import Direction, passing_all, prepare, separable, sweep, unruled
 from .tape import Tape, Untraceable, Widest, record
 
@@ -79,7 +79,7 @@ class Engine:
         self.weights = Weights(model, groups)
         self.notes: list[str] = []
         """What was done otherwise than by the sweep's rules, and why."""
-        self._loss = loss
+        self.loss = loss
         self._examples_at_once = examples_at_once
         self._directions_at_once = directions_at_once
         self._sweeps = True
@@ -110,7 +110,7 @@ class Engine:
         first: int = 0,
     ) -> Forms:
         """``vᵀ H v`` (as in :meth:`sweep`), ``‖H v‖``, ``‖P v‖`` and, with Lanczos steps, ``vᵀ H⁺ v``."""
-        size = product_chunk(len(labels), self.width(inputs, labels), labels.device, self._examples_at_once)
+        _, _, size = self.at_once(inputs, labels, len(directions))
         parts = []
         for at in range(0, len(labels), size):
             some = some_examples(inputs, len(labels), at, at + size)
@@ -140,7 +140,7 @@ class Engine:
         hessian, slopes = gauss_newton.clone(), gauss_newton.clone()
 
         def head(moving: Sequence[int], tangents: Tensor) -> None:
-            found = self._loss.curvature(tape.logits, labels, tangents)
+            found = self.loss.curvature(tape.logits, labels, tangents)
             for total, value in zip((hessian, gauss_newton, slopes), found, strict=True):
                 total[list(moving)] = value
 
@@ -197,7 +197,7 @@ class Engine:
 
         Catches what no rule can know: an operation that autograd treats in a way of its own, or a wrong rule.
         """
-        loss = self._loss(self.weights.logits(inputs), labels)[0]
+        loss = self.loss(self.weights.logits(inputs), labels)[0]
         # Some models take a softmax or a norm in float32 even where all else is float64.
         tolerance = 1e-8 if exact else 1e-3
         leaves = self.weights.leaves
@@ -269,7 +269,7 @@ class Engine:
         if len(labels) > 1:
             return self._one_by_one(inputs, labels, lambda i, y, n: self._differentiated(i, y, directions, n), first)
         logits = self.weights.logits(inputs)
-        losses = finite(self._loss(logits, labels), first)
+        losses = finite(self.loss(logits, labels), first)
         if not losses.requires_grad:
             return self._flat(losses, len(directions))
         with differentiating_twice():
@@ -291,27 +291,32 @@ class Engine:
                 )
             if tangents is None:
                 tangents = torch.zeros_like(logits)
-            gauss_newton.append(self._loss.curvature(logits, labels, tangents.unsqueeze(0))[1][0])
+            gauss_newton.append(self.loss.curvature(logits, labels, tangents.unsqueeze(0))[1][0])
         return Forms(losses.detach().double().cpu(), torch.stack(hessian, 1).cpu(), torch.stack(gauss_newton, 1).cpu())
 
     def _record(self, inputs: Inputs, labels: Tensor, first: int) -> tuple[Tape, Tensor]:
         tape = record(lambda: self.weights.logits(inputs), self.weights.leaves)
-        return tape, finite(self._loss(tape.logits, labels), first)
+        return tape, finite(self.loss(tape.logits, labels), first)
 
     def _losses(self, inputs: Inputs, labels: Tensor, first: int) -> Tensor:
-        return finite(self._loss(self.weights.logits(inputs), labels), first)
+        return finite(self.loss(self.weights.logits(inputs), labels), first)
 
     def _chunks(self, inputs: Inputs, labels: Tensor, directions: int) -> Iterator[tuple[int, Inputs, Tensor, int]]:
         batch = len(labels)
-        size, together = sweep_chunk(
-            batch, self.width(inputs, labels), directions, labels.device,
-            self._examples_at_once, self._directions_at_once,
-        )  # fmt: skip
+        size, together, _ = self.at_once(inputs, labels, directions)
         for at in range(0, batch, size):
             end = min(batch, at + size)
             yield at, some_examples(inputs, batch, at, end), labels[at:end], together
 
-    def width(self, inputs: Inputs, labels: Tensor) -> int:
+    def at_once(self, inputs: Inputs, labels: Tensor, directions: int) -> tuple[int, int, int]:
+        """Examples and directions of a batch that a sweep takes together, and examples for products."""
+        batch, width = len(labels), self._width(inputs, labels)
+        size, together = sweep_chunk(
+            batch, width, directions, labels.device, self._examples_at_once, self._directions_at_once
+        )
+        return size, together, product_chunk(batch, width, labels.device, self._examples_at_once)
+
+    def _width(self, inputs: Inputs, labels: Tensor) -> int:
         """Elements of the largest activation of one example.
 
         Raises:
@@ -356,17 +361,6 @@ class Engine:
         if text not in self.notes:
             self.notes.append(text)
             logger.warning("curvature: %s", text)
-
-
-def find_uses(tape: Tape, directions: Sequence[Direction], losses: Tensor) -> dict[int, Use]:
-    """Of the directions whose products are taken in activation space, all examples together."""
-    ones = {d: next(iter(direction.items())) for d, direction in enumerate(directions) if len(direction) == 1}
-    uses = {d: use for d, (leaf, v) in ones.items() if (use := find_use(tape, leaf, v, len(losses))) is not None}
-    if len(losses) == 1 or not uses:
-        return uses
-    outs = [use.out for use in uses.values()]
-    apart = separable(outs, torch.autograd.grad(losses.sum(), outs, retain_graph=True), losses)
-    return {d: use for (d, use), alone in zip(uses.items(), apart, strict=True) if alone}
 
 
 def _finite_forms(forms: Forms, first: int) -> Forms:

@@ -14,12 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .elementwise_rules import pointwise, sloped
-from .engine import find_uses
 from .loss import ExampleLoss
 from .model import Inputs, Weights
 from .norm_rules import NORMS
 from .product_rules import PRODUCTS
-from .products import differentiating_twice
+from .products import differentiating_twice, find_uses
 from .rules import rule_of
 from .sweep import Direction, prepare, reached
 from .tape import Op, Tape, Untraceable, Widest, aten, record
@@ -233,4 +232,4 @@ def _tangents(tape: Tape, weights: Sequence[Tensor], directions: Sequence[Direct
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

@@ -6,9 +6,8 @@ import heapq
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from operator import length_hint
 from typing import Any
 
@@ -17,8 +16,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..corrected_loss import CorrectedLoss
+from . import cost
 from .directions import Group, Layers, group_layers, lengths_of, travelled, unwrapped
 from .engine import Engine
+from .estimate import work_of
 from .forms import LANCZOS_STEPS, check_counts
 from .loss import ExampleLoss, LossFunction
 from .mean import numbered_batches
@@ -27,12 +28,6 @@ from .report import HessianReport, LayerCurvature, PositivePart, Statistic
 from .sweep import Direction
 
 logger = logging.getLogger(__name__)
-
-# Examples kept for Lanczos, those with the largest sound bounds of each layer. Their inputs stay in memory.
-CANDIDATES = 8
-# Forward passes for the sound bounds of one layer, and for one step of Lanczos, on a CPU (recipes/RESULTS.md).
-FORWARD_PASSES = 2.4
-FORWARD_PASSES_A_STEP = 2.0
 
 
 class MeasurementStopped(RuntimeError):
@@ -165,15 +160,15 @@ class _Run:
             self._add(inputs, labels)
 
     def _predict(self, inputs: Inputs, labels: Tensor, batches: int | None) -> None:
-        one = some_examples(inputs, len(labels), 0, 1)
-        forward, forward_one = (_seconds(partial(self._engine.weights.logits, some)) for some in (inputs, one))
-        layers = len(self._groups)
-        self._estimate = FORWARD_PASSES * forward * layers * (batches or 1)
-        value = FORWARD_PASSES_A_STEP * forward_one * self._steps
+        work, some = work_of(self._engine, self._directions, inputs, labels, len(labels) * (batches or 1))
+        whole, value = cost.measure(work, some, self._steps), cost.lanczos_value(work, some, self._steps).seconds
+        self._estimate = whole.seconds
         logger.info(
             "sound bounds of %d layers: about %.0f s for %s; then Lanczos within time_budget: about %.2g s a value, "
-            "%.0f s for one value a layer, at most %d times that",
-            layers, self._estimate, f"{batches} batches" if batches else "a batch", value, layers * value, CANDIDATES,
+            "%.0f s for one value a layer, at most %d times that. Memory: %.3g GB more than the model, its reference "
+            "and a batch",
+            work.layers, whole.seconds, f"{batches} batches" if batches else "a batch", value, work.layers * value,
+            cost.CANDIDATES, whole.bytes / 1e9,
         )  # fmt: skip
 
     def _add(self, inputs: Inputs, labels: Tensor) -> None:
@@ -191,16 +186,16 @@ class _Run:
     def _keep(self, upper: Tensor, inputs: Inputs, labels: Tensor) -> None:
         kept: dict[int, tuple[Any, Any]] = {}
         for i, found in enumerate(self._candidates):
-            values, order = upper[:, i].topk(min(CANDIDATES + 1, len(upper)))
+            values, order = upper[:, i].topk(min(cost.CANDIDATES + 1, len(upper)))
             for bound, n in zip(values.tolist(), order.tolist(), strict=True):
-                if len(found) == CANDIDATES and bound <= found[0].bound:
+                if len(found) == cost.CANDIDATES and bound <= found[0].bound:
                     self._beyond[i] = max(self._beyond[i], bound)
                     continue
                 if n not in kept:
                     one = some_examples(inputs, len(labels), n, n + 1)
                     kept[n] = (_copied(one), labels[n : n + 1].clone())
                 candidate = _Candidate(bound, self.examples + n, *kept[n])
-                if len(found) < CANDIDATES:
+                if len(found) < cost.CANDIDATES:
                     heapq.heappush(found, candidate)
                 else:
                     self._beyond[i] = max(self._beyond[i], heapq.heapreplace(found, candidate).bound)
@@ -311,17 +306,3 @@ def _copied(inputs: Inputs) -> Any:
     if isinstance(inputs, Mapping):
         return {key: copied(value) for key, value in inputs.items()}
     return tuple(copied(value) for value in inputs)
-
-
-@torch.no_grad()
-def _seconds(forward: Callable[[], Tensor]) -> float:
-    """Of the second run: a model's first one is slower."""
-    _synchronized(forward())
-    start = time.perf_counter()
-    _synchronized(forward())
-    return time.perf_counter() - start
-
-
-def _synchronized(tensor: Tensor) -> None:
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)

@@ -33,7 +33,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
         if isinstance(module, PreTrainedModel):
             _collect(module.config, configs)
     attention = {key: config._attn_implementation_internal for key, config in configs.items()}
-    device = next(model.parameters()).device.type
+    device = next(model.parameters()).device.type.replace("meta", "cpu")  # which autocast doesn't know
     tf32 = torch.backends.cuda.matmul.allow_tf32
     if torch.is_inference_mode_enabled():
         raise RuntimeError("curvature needs gradients; leave torch.inference_mode() for the measurement")
@@ -97,6 +97,8 @@ class Weights:
         self._half = (torch.float16, torch.bfloat16)
         # By identity, so that tied tensors stay tied.
         self._stand_ins = {tensor: self.raised(tensor.detach()) for tensor in tensors}
+        self.copied = sum(new.numel() for tensor, new in self._stand_ins.items() if new.dtype != tensor.dtype)
+        """Elements of the tensors that were raised."""
         self.leaves: list[Tensor] = []
         """With a gradient; the groups' members in order."""
         self.members: list[list[int]] = []

@@ -24,7 +24,8 @@ spectral density            ``graph + second + bend`` of a batch, and ``b P (ste
 noise stability             as joint probes; the noise that is kept, and ``b P``, before
 ==========================  ==========================================================================================
 
-A half-precision model adds ``b`` times its parameters: it is measured on copies. Nothing of this shrinks with more
+Each has 3 MB more for Python's objects. A half-precision model adds ``b`` times its parameters: it is measured on
+copies. Nothing of this shrinks with more
 processes, as each holds all weights; the time is divided by their number.
 
 Time in forward passes without gradients, per example: 0.9 a layer for exact forms, 2.4 a layer for the sound bounds,
@@ -41,6 +42,9 @@ from .trace import SWEPT_ELEMENTS
 
 # Examples kept for Lanczos, those with the largest sound bounds of each layer. Their inputs stay in memory.
 CANDIDATES = 8
+# Bytes of the objects of Python and autograd and what the allocator can't give back: resident memory beyond the
+# tensors' own, measured on the ViT of recipes/glyph_vit, where it is a fifth.
+OVERHEAD = 3_000_000
 # Forward passes without gradients on a CPU (recipes/RESULTS.md): a layer of a sweep, of the sound bounds, and of a step
 # of Lanczos; the graph for products of all weights, and one of these.
 SWEEP_PASSES = 0.9
@@ -115,7 +119,7 @@ def lanczos_value(work: Work, one: Footprint, steps: int) -> Cost:
         steps: products.
     """
     memory = _ways(work) + _vectors(work, one.of(1), steps)
-    return Cost(memory + work.number * work.copied, STEP_PASSES * steps * work.forward_alone)
+    return Cost(memory + work.number * work.copied + OVERHEAD, STEP_PASSES * steps * work.forward_alone)
 
 
 def measure(work: Work, some: Footprint, steps: int) -> Cost:
@@ -166,7 +170,7 @@ def density(work: Work, some: Footprint, probes: int, steps: int) -> Cost:
 def stability(work: Work, some: Footprint, draws: int, probes: int) -> Cost:
     """The mean loss under noise, and its second-order prediction."""
     noise = work.number * work.measured * ((draws if _kept(work, draws) else 1) + 1)
-    moved = noise + some.of(work.batch).passing + work.number * work.copied
+    moved = noise + some.of(work.batch).passing + work.number * work.copied + OVERHEAD
     joint = joint_trace(work, some, probes)
     return Cost(max(moved, joint.bytes), joint.seconds + 2 * draws * work.pass_seconds)
 
@@ -182,7 +186,7 @@ def _kept(work: Work, probes: int) -> bool:
 def _cost(work: Work, some: Footprint, memory: int, passes: float) -> Cost:
     """Of some forward passes over the data; a whole batch passes the model at once, before anything else."""
     memory = max(memory, some.of(work.batch).passing)
-    return Cost(memory + work.number * work.copied, passes * work.pass_seconds)
+    return Cost(memory + work.number * work.copied + OVERHEAD, passes * work.pass_seconds)
 
 
 def _swept(work: Work, some: Footprint, layers: int) -> int:

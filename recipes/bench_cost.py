@@ -3,11 +3,10 @@
     python recipes/bench_cost.py
     python recipes/bench_cost.py --extrapolate
 
-Each case is a fresh process: ``measurement_costs`` predicts, the measurement runs for one example (libraries load what
-they need), and then for the whole batch, of which the peak of resident memory is read beyond what the process held
-before. What takes longer than ``--seconds`` is stopped: a peak comes with the first layers, but the time is then
-unknown. ``--extrapolate`` counts a ViT-H/14 and a language model of 7B parameters on the meta device: nothing of them
-is run.
+Each case has a fresh process. There, ``measurement_costs`` predicts, and each measurement runs for a batch; the peak of
+resident memory is read beyond what the process held before. What takes longer than ``--seconds`` is stopped, and may
+not have come to its peak. ``--extrapolate`` counts a ViT-H/14 and a language model of 7B parameters on the meta device:
+nothing of them is run.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +51,16 @@ WHOLE = {"model": "*"}
 PROBES, EIGENVALUES, STEPS = 2, 1, 20
 # Model, pixels or tokens, examples of the batch.
 CASES: dict[str, tuple[Path, int, int]] = {
-    "glyph ViT, 17 tokens": (HERE / "glyph_vit", 32, 64),
-    "MiniLM, 32 tokens": (HERE.parent / ".assets/models/minilm-l6", 32, 16),
-    "DINOv2-small, 17 tokens": (HERE.parent / ".assets/models/dinov2-small", 56, 16),
-    "DINOv2-small, 257 tokens": (HERE.parent / ".assets/models/dinov2-small", 224, 2),
+    "glyph ViT, 17 tokens": (HERE / "glyph_vit", 32, 16),
+    "MiniLM, 32 tokens": (HERE.parent / ".assets/models/minilm-l6", 32, 4),
+    "DINOv2-small, 17 tokens": (HERE.parent / ".assets/models/dinov2-small", 56, 4),
+    "DINOv2-small, 257 tokens": (HERE.parent / ".assets/models/dinov2-small", 224, 1),
 }
 Measurement = Callable[[Any, Any, Any], Any]
 MEASUREMENTS: dict[str, tuple[Any, Measurement]] = {
     "layer_quadratic_forms": ("weights", lambda m, b, r: layer_quadratic_forms(m, b, r)),
-    "measure_hessian": ("weights", lambda m, b, r: measure_hessian(m, r, [b], time_budget=15)),
-    "measure_hessian, blocks": ("blocks", lambda m, b, r: measure_hessian(m, r, [b], layers="blocks", time_budget=15)),
+    "measure_hessian": ("weights", lambda m, b, r: measure_hessian(m, r, [b], time_budget=5)),
+    "measure_hessian, blocks": ("blocks", lambda m, b, r: measure_hessian(m, r, [b], layers="blocks", time_budget=5)),
     "hessian_trace": ("weights", lambda m, b, r: hessian_trace(m, [b], probes=PROBES)),
     "joint hessian_trace": ("weights", lambda m, b, r: hessian_trace(m, [b], probes=PROBES, joint=True)),
     "top_eigenpairs": (WHOLE, lambda m, b, r: top_eigenpairs(m, [b], count=EIGENVALUES, tolerance=0.01)),
@@ -75,7 +74,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if options.one:
-        print(json.dumps(one(*options.one, options.seconds)))
+        one(options.one, options.measurements, options.seconds)
         return
     result = extrapolated() if options.extrapolate else checked(options)
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -85,11 +84,11 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--measurements", nargs="*", choices=list(MEASUREMENTS), default=list(MEASUREMENTS))
+    parser.add_argument("--measurements", nargs="*", choices=list(MEASUREMENTS), default=[*MEASUREMENTS])
     parser.add_argument("--seconds", type=int, default=60, help="when to stop a measurement")
     parser.add_argument("--extrapolate", action="store_true", help="count models that are too large to run here")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench_cost.json"))
-    parser.add_argument("--one", nargs=2, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -99,58 +98,64 @@ def checked(options: argparse.Namespace) -> dict[str, Any]:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for case in options.cases:
         print(f"{case:26} {'MB predicted':>13} {'measured':>9} {'ratio':>6} {'s predicted':>12} {'measured':>9}")
-        for name in options.measurements:
-            command = [sys.executable, __file__, "--one", case, name, "--seconds", str(options.seconds)]
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            row = found[f"{case}: {name}"] = json.loads(done.stdout.splitlines()[-1])
-            seconds = "stopped" if row["stopped"] else f"{row['seconds']:.1f}"
-            print(
-                f"  {name:24} {row['predicted MB']:13.1f} {row['MB']:9.1f} {row['predicted MB'] / row['MB']:6.2f} "
-                f"{row['predicted seconds']:12.1f} {seconds:>9}",
-                flush=True,
-            )
+        command = [sys.executable, __file__, "--one", case, *sys.argv[1:]]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                row = json.loads(line)
+                found[f"{case}: {row['name']}"] = row
+                seconds = "stopped" if row["stopped"] else f"{row['seconds']:.1f}"
+                print(
+                    f"  {row['name']:24} {row['predicted MB']:13.1f} {row['MB']:9.1f} "
+                    f"{row['predicted MB'] / row['MB']:6.2f} {row['predicted seconds']:12.1f} {seconds:>9}",
+                    flush=True,
+                )
+        if process.returncode:
+            raise SystemExit(f"{case} ended with {process.returncode}")
     return found
 
 
-def one(case: str, name: str, seconds: int) -> dict[str, Any]:
-    """Predicted and measured, in this process."""
+def one(case: str, names: Sequence[str], seconds: int) -> None:
+    """Prints what was predicted and measured in this process, a line of JSON for each measurement."""
     path, size, examples = CASES[case]
     torch.manual_seed(0)
     model, batch = load(path, size, examples)
     reference = {n: p.detach() + 0.01 * p.detach().std(correction=0) for n, p in model.named_parameters()}
-    layers, measure = MEASUREMENTS[name]
-    costs = measurement_costs(
-        model, batch, examples=examples, layers=layers, probes=PROBES, eigenvalues=EIGENVALUES,
-        density_probes=PROBES, density_steps=STEPS,
-    )  # fmt: skip
-    predicted = costs[name.partition(",")[0]]
     signal.signal(signal.SIGALRM, _time_is_up)
-    run(measure, model, {key: value[:1] for key, value in batch.items()}, reference, 10)
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # small blocks, too, go back
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
-    before = resident("VmRSS")
-    started = time.perf_counter()
-    stopped = run(measure, model, batch, reference, seconds)
-    return {
-        "predicted MB": predicted.bytes / 1e6,
-        "MB": (resident("VmHWM") - before) / 1e6,
-        "predicted seconds": predicted.seconds,
-        "seconds": time.perf_counter() - started,
-        "stopped": stopped,
-    }
+    for name in names:
+        layers, measure = MEASUREMENTS[name]
+        costs = measurement_costs(
+            model, batch, examples=examples, layers=layers, probes=PROBES, eigenvalues=EIGENVALUES,
+            density_probes=PROBES, density_steps=STEPS,
+        )  # fmt: skip
+        predicted = costs[name.partition(",")[0]]
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # small blocks, too, go back
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
+        before = resident("VmRSS")
+        started = time.perf_counter()
+        stopped = run(lambda: measure(model, batch, reference), seconds)  # noqa: B023
+        row = {
+            "name": name,
+            "predicted MB": predicted.bytes / 1e6,
+            "MB": (resident("VmHWM") - before) / 1e6,
+            "predicted seconds": predicted.seconds,
+            "seconds": time.perf_counter() - started,
+            "stopped": stopped,
+        }
+        print(json.dumps(row), flush=True)
 
 
-def run(measure: Measurement, model: Any, batch: Any, reference: Any, seconds: int) -> bool:
+def run(action: Callable[[], Any], seconds: int) -> bool:
     """Whether it had to be stopped."""
     signal.alarm(seconds)
     try:
-        measure(model, batch, reference)
+        found = action()
     except KeyboardInterrupt:
         return True
     finally:
         signal.alarm(0)
-    return False
+    return not getattr(found, "complete", True)
 
 
 def load(path: Path, size: int, examples: int) -> tuple[Any, dict[str, Tensor]]:

@@ -7,26 +7,27 @@ travelled, and what n examples hold (:class:`~.footprint.Footprint`: tape, graph
 ==========================  ==========================================================================================
 exact forms                 ``b P`` (V) + the largest of: ``tape + adjoints + remembered + K tangents`` (n examples
                             and K directions travel together); ``tape + 2 adjoints + 4 widths`` (are examples apart?);
-                            ``b P + graph`` and ``graph + second + bend + 3 b p`` of one example (compared with
-                            autograd), p the weights of the largest layer
-sound bounds                ``b P`` + the largest of: ``tape + 2 outputs + 4 widths``; ``graph + second + bend``, or
-                            ``6 b vector`` in its place; for groups, of one example, ``graph + second + bend + 3 b p``,
-                            or ``6 b p`` in the place of ``bend + 3 b p``
-one Lanczos value           ``b P + graph + second + bend + (steps + 8) b q`` of one example, q the elements of a
-                            vector: ``min(tokens, in) out`` of a weight that is used once, p of a group
+                            ``b P + graph`` and ``graph + second + bend + 2 b compared`` of one example (which
+                            autograd does, too, for a few layers)
+sound bounds                ``b P`` + the largest of: ``tape + 2 outputs + 4 widths``; ``graph + used + second + bend``,
+                            or ``6 b vector`` in the place of ``bend``; and for groups, of one example,
+                            ``graph + second + bend + 3 b p``, or ``6 b p`` in the place of ``bend + 3 b p``, p the
+                            weights of the largest layer
+one Lanczos value           ``b P + graph + used + second + bend + (steps + 8) b q`` of one example, q the
+                            elements of a vector: ``min(tokens, in) out`` of a weight that is used once, p of a group
 the measure, a data set     the larger of the last two, and the inputs of at most 8 examples a layer
 trace, separate probes      as exact forms, with the probes in the place of V
 trace, joint probes         B examples of a batch at once: ``graph + second + b P (2 + probes kept)``, and
                             ``bend`` or 3 b times the largest tensor
 eigenpairs                  ``graph + second + bend`` of a batch, and ``8 P (m + 6) + 3 b P + 8 P``, with
                             ``m = max(2 count + 1, 20)`` vectors of ARPACK
-spectral density            ``graph + second + bend`` of a batch, and ``b P (steps + 5) + 16 P``, and the probes kept
+spectral density            ``graph + second + bend`` of a batch, and ``b P (steps + 5) + 8 P``, and the probes kept
+                            (less for the last of several layers: their graphs are shorter)
 noise stability             as joint probes; the noise that is kept, and ``b P``, before
 ==========================  ==========================================================================================
 
 Each has 3 MB more for Python's objects. A half-precision model adds ``b`` times its parameters: it is measured on
-copies. Nothing of this shrinks with more
-processes, as each holds all weights; the time is divided by their number.
+copies. Nothing of this shrinks with more processes, as each holds all weights; the time is divided by their number.
 
 Time in forward passes without gradients, per example: 0.9 a layer for exact forms, 2.4 a layer for the sound bounds,
 2.0 a Lanczos step (recipes/RESULTS.md, "What curvature costs"), and those below.
@@ -163,7 +164,9 @@ def density(work: Work, some: Footprint, probes: int, steps: int) -> Cost:
     """The spectral density of every layer."""
     whole, b = some.of(work.batch), work.number
     kept = probes if probes * work.largest <= KEPT_ELEMENTS else 0
-    memory = work.largest * (b * (steps + 5 + kept) + 16) + whole.graph + whole.second + whole.bend
+    # The sum over batches is float64, and so is what it is divided into once the graphs are gone.
+    product = max(work.largest * (2 * b + 8) + whole.graph + whole.second + whole.bend, 16 * work.largest)
+    memory = work.largest * b * (steps + 3 + kept) + product
     return _cost(work, some, memory, (GRAPH_PASSES + PRODUCT_PASSES) * probes * steps * work.layers)
 
 
@@ -196,14 +199,14 @@ def _swept(work: Work, some: Footprint, layers: int) -> int:
     told = 0
     if work.swept_at_once > 1:
         told = chunk.tape + 2 * chunk.adjoints + 4 * b * chunk.width
-    compared = max(b * work.measured + one.graph, one.graph + one.second + one.bend + 3 * b * work.largest)
+    compared = max(b * work.measured + one.graph, one.graph + one.second + one.bend + 2 * b * one.compared)
     return max(chunk.tape + chunk.adjoints + chunk.remembered + tangents, told, compared)
 
 
 def _products(work: Work, some: Footprint) -> int:
     chunk, one, b = some.of(work.products_at_once), some.of(1), work.number
     told = chunk.tape + (2 * chunk.outputs + 4 * b * chunk.width if work.products_at_once > 1 else 0)
-    together = chunk.graph + chunk.second + max(chunk.bend, 6 * b * chunk.vector) if chunk.outputs else 0
+    together = chunk.graph + chunk.used + chunk.second + max(chunk.bend, 6 * b * chunk.vector) if chunk.outputs else 0
     alone = one.graph + one.second + max(one.bend + 3 * b * one.group, 6 * b * one.group) if one.group else 0
     return max(told, together, alone)
 
@@ -211,4 +214,4 @@ def _products(work: Work, some: Footprint) -> int:
 def _vectors(work: Work, one: Footprint, steps: int) -> int:
     vector = max(one.vector, one.group)
     # The basis, and about eight more: v, products, the next vector and what it is compared with, some in float64.
-    return one.graph + one.second + one.bend + (steps + 8) * work.number * vector
+    return one.graph + one.used + one.second + one.bend + (steps + 8) * work.number * vector

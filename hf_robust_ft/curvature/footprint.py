@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,12 +18,12 @@ from .loss import ExampleLoss
 from .model import Inputs, Weights
 from .norm_rules import NORMS
 from .product_rules import PRODUCTS
-from .products import differentiating_twice, find_uses
+from .products import Use, differentiating_twice, find_use, find_uses
 from .rules import rule_of
-from .sweep import Direction, prepare, reached
+from .sweep import Direction, passing_all, prepare, reached
 from .tape import Op, Tape, Untraceable, Widest, aten, record
 
-SWEPT = ("adjoints", "remembered", "tangents", "joined")
+SWEPT = ("adjoints", "remembered", "tangents", "joined", "compared")
 SOFTMAXES = (aten._softmax, aten._safe_softmax)
 
 
@@ -46,6 +46,8 @@ class Footprint:
     """Results of a recorded forward pass: all of them are kept."""
     graph: int
     """Of them what autograd saves for a backward pass."""
+    used: int
+    """What products in activation space hold besides: outputs of layers, and patches of convolutions."""
     adjoints: int
     """Gradients in the outputs of non-linear operations, kept by a sweep."""
     remembered: int
@@ -54,6 +56,8 @@ class Footprint:
     """The most tangents along one direction that moves everything, or the loss's derivatives along it."""
     joined: int
     """The same along one direction for each layer, all at once: few of them move the first layers."""
+    compared: int
+    """Elements of the weights whose second derivatives a sweep compares with autograd."""
     outputs: int
     """Outputs of the layers that have products in activation space."""
     second: int
@@ -69,7 +73,7 @@ class Footprint:
         """Of another number of examples."""
         sizes = {f.name: getattr(self, f.name) for f in fields(self)}
         scaled = {name: -(-size * examples // self.examples) for name, size in sizes.items()}
-        return Footprint(**{**scaled, "group": self.group})
+        return Footprint(**{**scaled, "group": self.group, "compared": self.compared})
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -117,49 +121,84 @@ def footprint(
     with torch.no_grad(), Alive() as alive, Widest(weights.all) as widest:
         weights.logits(inputs)
     found = {**dict.fromkeys(SWEPT, 0), "passing": alive.peak}
-    groups = [sum(v.numel() for v in direction.values()) for direction in directions]
+    uses: dict[int, Use] = {}
+    alone: dict[int, int] = {}
     with Alive() as alive:
         try:
             tape = record(lambda: weights.logits(inputs), weights.leaves)
         except Untraceable:
-            losses, uses = loss(weights.logits(inputs), labels), {}
+            losses = loss(weights.logits(inputs), labels)
             kept = alive.now
         else:
             losses = loss(tape.logits, labels)
             kept = alive.now
-            uses = find_uses(tape, directions, losses)
             if losses.requires_grad:
+                uses = find_uses(tape, directions, losses)
+                alone = _alone(tape, directions, uses)
                 found |= _swept(tape, directions, losses, loss, labels, weights.all, alive)
             del tape
-        found["graph"] = alive.now
-        vectors = [min(u.inputs.shape[1:]) * u.out.numel() // u.inputs.shape[1] for u in uses.values()]
-        outs = [use.out for use in uses.values()] or weights.leaves
-        found["second"], found["bend"] = _twice(losses, outs, alive) if losses.requires_grad else (0, 0)
+        together = [_vector(use) for use in uses.values()]
+        outs = [use.out for use in uses.values()]
+        outputs = sum(out.nbytes for out in outs)
+        leaves = [weights.leaves[i] for d, direction in enumerate(directions) if d not in uses for i in direction]
+        second, bend = _twice(losses, [*outs, *leaves], alive) if losses.requires_grad else (0, 0)
+        with_uses = alive.now
+        uses_found = set(uses) | set(alone)
+        uses.clear()
+        outs.clear()
+        graph = alive.now
+    groups = [
+        sum(v.numel() for v in direction.values()) for d, direction in enumerate(directions) if d not in uses_found
+    ]
     return Footprint(
         examples=len(labels),
         inputs=sum(value.nbytes for value in values if isinstance(value, Tensor)),
         width=widest.elements,
         tape=kept,
-        outputs=sum(use.out.nbytes for use in uses.values()),
-        vector=max(vectors, default=0),
-        group=max((size for d, size in enumerate(groups) if d not in uses), default=0),
+        graph=graph,
+        used=with_uses - graph,
+        outputs=outputs,
+        second=second,
+        bend=bend,
+        vector=max([*together, *(len(labels) * vector for vector in alone.values())], default=0),
+        group=max(groups, default=0),
         **found,
     )
 
 
+def _alone(tape: Tape, directions: Sequence[Direction], uses: Mapping[int, Use]) -> dict[int, int]:
+    """Vectors of what has products in activation space for one example, but not for several: shared positions."""
+    found: dict[int, int] = {}
+    for d, direction in enumerate(directions):
+        if d not in uses and len(direction) == 1:
+            ((leaf, v),) = direction.items()
+            use = find_use(tape, leaf, v, 1)
+            if use is not None:
+                found[d] = _vector(use)
+    return found
+
+
+def _vector(use: Use) -> int:
+    rows, width = use.inputs.shape[1:]
+    return min(rows, width) * use.out.numel() // rows
+
+
 def _twice(losses: Tensor, outs: Sequence[Tensor], alive: Alive) -> tuple[int, int]:
+    """The graph of the backward pass, and the most of one through it to the first of ``outs``; no results."""
     before = alive.now
     with differentiating_twice():
         gradients = torch.autograd.grad(losses.sum(), outs, create_graph=True, allow_unused=True)
-    second = alive.now - before
+    results = sum(g.nbytes for g, out in zip(gradients, outs, strict=True) if g is not None and out.is_leaf)
+    second = alive.now - before - results
     curved = [(g, out) for g, out in zip(gradients, outs, strict=True) if g is not None and g.requires_grad]
     if not curved:
         return second, 0
     gradient, out = curved[0]
     before = alive.peak = alive.now
+    along = torch.ones_like(gradient)
     with differentiating_twice():
-        torch.autograd.grad(gradient, out, torch.ones_like(gradient), retain_graph=True, allow_unused=True)
-    return second, alive.peak - before
+        torch.autograd.grad(gradient, out, along, retain_graph=True, allow_unused=True)
+    return second, alive.peak - before - (along.nbytes + out.nbytes if out.is_leaf else 0)
 
 
 def _swept(
@@ -185,7 +224,9 @@ def _swept(
     loss.curvature(tape.logits.detach(), labels, torch.zeros_like(tape.logits).unsqueeze(0))
     head = alive.peak - before
     one, all_of_them = _tangents(tape, weights, directions)
-    sizes = adjoints, remembered, max(one, head), max(all_of_them, len(directions) * head)
+    chosen = passing_all(tape, directions, range(len(directions)))
+    compared = sum(v.numel() for d in chosen for v in directions[d].values())
+    sizes = adjoints, remembered, max(one, head), max(all_of_them, len(directions) * head), compared
     return dict(zip(SWEPT, sizes, strict=True))
 
 

@@ -291,7 +291,10 @@ def test_the_cost_is_told_before(caplog: pytest.LogCaptureFixture) -> None:
         told.clear()
         caplog.clear()
         found = measure(dataloader)
-        lanczos = r"about \S+ s a value, \d+ s for one value a layer, at most 8 times that"
+        lanczos = (
+            r"about \S+ s a value, \d+ s for one value a layer, at most 8 times that. Memory: \S+ GB more than the "
+            "model, its reference and a batch"
+        )
         assert re.fullmatch(rf"sound bounds of 3 layers: about \d+ s for {extent}; then Lanczos .*: {lanczos}", told[0])
         assert 0 < found.estimated_seconds < 60
 

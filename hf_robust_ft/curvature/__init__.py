@@ -2,9 +2,11 @@
 
 :func:`measure_hessian` measures a data set, :func:`layer_quadratic_forms` one batch; both example by example. The mean
 Hessian of a data set has :func:`hessian_trace`, :func:`top_eigenpairs`, :func:`spectral_density` and
-:func:`noise_stability`.
+:func:`noise_stability`. What each of them costs says :func:`measurement_costs`, before it is made.
 """
 
+from .cost import Cost
+from .estimate import measurement_costs
 from .forms import QuadraticForms, layer_quadratic_forms
 from .loss import NonFiniteLoss
 from .measure import MeasurementStopped, measure_hessian
@@ -15,6 +17,7 @@ from .stability import NoiseStability, noise_stability
 from .trace import TraceEstimate, hessian_trace
 
 __all__ = [
+    "Cost",
     "Eigenpairs",
     "HessianReport",
     "LayerCurvature",
@@ -31,6 +34,7 @@ __all__ = [
     "hessian_trace",
     "layer_quadratic_forms",
     "measure_hessian",
+    "measurement_costs",
     "noise_stability",
     "spectral_density",
     "top_eigenpairs",

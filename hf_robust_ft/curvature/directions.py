@@ -18,6 +18,8 @@ from .placement import unwrapped, whole_weights
 Layers = Literal["weights", "blocks"] | Mapping[str, str | Sequence[str]]
 """Each weight alone, each block of the model as one layer, or name → pattern(s) of the weights that form it."""
 
+PART = 2**20
+
 
 @dataclass(frozen=True)
 class Group:
@@ -126,5 +128,9 @@ def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Modu
 
 def lengths_of(directions: Sequence[Mapping[int, Tensor]]) -> Tensor:
     """``‖v‖`` of each direction, float64 on the CPU."""
-    squares = [sum(v.double().square().sum().item() for v in direction.values()) for direction in directions]
+    # In parts: a whole embedding in float64 would be the peak of some measurements.
+    squares = [
+        sum(part.double().square().sum().item() for v in direction.values() for part in torch.split(v.flatten(), PART))
+        for direction in directions
+    ]
     return torch.tensor(squares, dtype=torch.float64).sqrt()

@@ -11,29 +11,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .chunks import product_chunk, sweep_chunk
 from .directions import Group
 from .loss import ExampleLoss, finite
 from .model import Inputs, Weights, some_examples
-from .products import Products, Use, differentiating_twice, find_use, in_activation_space, in_weight_space
+from .products import Products, Use, differentiating_twice, find_uses, in_activation_space, in_weight_space
 from .sweep import Direction, passing_all, prepare, separable, sweep, unruled
 from .tape import Tape, Untraceable, Widest, record
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["hessian", "gauss_newton", "hessian_upper", "hessian_psd"]
-
-# Elements of the largest tensor times the directions that travel through it together. On a CPU more falls out of the
-# cache, and less makes matrices small and Python's share large.
-CPU_ELEMENTS = 4_000_000
-GPU_SHARE = 0.05
-# That many directions travel together at least; what room is left goes to examples first.
-DIRECTIONS = 8
-# Each example of a chunk is told apart by a power of two.
-MOST_EXAMPLES = 60
-# More examples on a CPU cost memory and gain no speed.
-CPU_EXAMPLES = 8
-# Products keep a graph for two backward passes, many times the activations.
-PRODUCT_ELEMENTS = 800_000
 
 
 @dataclass
@@ -91,7 +79,7 @@ class Engine:
         self.weights = Weights(model, groups)
         self.notes: list[str] = []
         """What was done otherwise than by the sweep's rules, and why."""
-        self._loss = loss
+        self.loss = loss
         self._examples_at_once = examples_at_once
         self._directions_at_once = directions_at_once
         self._sweeps = True
@@ -122,8 +110,7 @@ class Engine:
         first: int = 0,
     ) -> Forms:
         """``vᵀ H v`` (as in :meth:`sweep`), ``‖H v‖``, ``‖P v‖`` and, with Lanczos steps, ``vᵀ H⁺ v``."""
-        room = max(1, min(CPU_EXAMPLES, _budget(labels.device, PRODUCT_ELEMENTS) // self._width(inputs, labels)))
-        size = _even(len(labels), self._examples_at_once or room)
+        _, _, size = self.at_once(inputs, labels, len(directions))
         parts = []
         for at in range(0, len(labels), size):
             some = some_examples(inputs, len(labels), at, at + size)
@@ -153,7 +140,7 @@ class Engine:
         hessian, slopes = gauss_newton.clone(), gauss_newton.clone()
 
         def head(moving: Sequence[int], tangents: Tensor) -> None:
-            found = self._loss.curvature(tape.logits, labels, tangents)
+            found = self.loss.curvature(tape.logits, labels, tangents)
             for total, value in zip((hessian, gauss_newton, slopes), found, strict=True):
                 total[list(moving)] = value
 
@@ -176,6 +163,7 @@ class Engine:
             exact = all(out.dtype == torch.float64 for op in tape.ops for out in op.outs if isinstance(out, Tensor))
             tape.ops.clear()
             tape.readers.clear()
+            tape.logits = tape.logits.detach()
             del losses, curved, outs, adjoints  # The check needs their memory.
             one = some_examples(inputs, batch, n, n + 1), labels[n : n + 1]
             if not self._agrees(*one, directions, chosen, hessian[:, n], slopes[:, n], exact):
@@ -209,7 +197,7 @@ class Engine:
 
         Catches what no rule can know: an operation that autograd treats in a way of its own, or a wrong rule.
         """
-        loss = self._loss(self.weights.logits(inputs), labels)[0]
+        loss = self.loss(self.weights.logits(inputs), labels)[0]
         # Some models take a softmax or a norm in float32 even where all else is float64.
         tolerance = 1e-8 if exact else 1e-3
         leaves = self.weights.leaves
@@ -252,23 +240,16 @@ class Engine:
         uses: dict[int, Use] = {}
         try:
             tape, losses = self._record(inputs, labels, first)
-            for d, direction in enumerate(directions):
-                if len(direction) == 1:
-                    ((leaf, v),) = direction.items()
-                    use = find_use(tape, leaf, v, batch)
-                    if use is not None:
-                        uses[d] = use
             if not losses.requires_grad:
                 return self._flat(losses, len(directions))
-            if batch > 1 and uses:
-                outs = [use.out for use in uses.values()]
-                apart = separable(outs, torch.autograd.grad(losses.sum(), outs, retain_graph=True), losses)
-                uses = {d: use for (d, use), alone in zip(uses.items(), apart, strict=True) if alone}
+            uses = find_uses(tape, directions, losses)
+            del tape  # It keeps more than the graph of the losses does.
         except Untraceable as problem:
             self._note(f"{problem}: products are taken in weight space, one example at a time")
             uses, losses = {}, self._losses(inputs, labels, first)
         found = in_activation_space(list(uses.values()), losses, steps) if uses else []
         columns = {d: _column(product) for d, product in zip(uses, found, strict=True)}
+        uses.clear()
         rest = [d for d in range(len(directions)) if d not in columns]
         some = [directions[d] for d in rest]
         if batch == 1:
@@ -276,6 +257,7 @@ class Engine:
                 leaves = [self.weights.leaves[i] for i in direction]
                 columns[d] = _column(in_weight_space(leaves, list(direction.values()), losses[0], steps))
         elif rest:
+            losses = losses.detach()  # The graph of all examples is of no use for each.
             forms = self._one_by_one(inputs, labels, lambda i, y, n: self._multiplied(i, y, some, steps, n), first)
             for k, d in enumerate(rest):
                 columns[d] = {name: table[:, k] for name, table in forms.tables().items()}
@@ -287,7 +269,7 @@ class Engine:
         if len(labels) > 1:
             return self._one_by_one(inputs, labels, lambda i, y, n: self._differentiated(i, y, directions, n), first)
         logits = self.weights.logits(inputs)
-        losses = finite(self._loss(logits, labels), first)
+        losses = finite(self.loss(logits, labels), first)
         if not losses.requires_grad:
             return self._flat(losses, len(directions))
         with differentiating_twice():
@@ -309,25 +291,30 @@ class Engine:
                 )
             if tangents is None:
                 tangents = torch.zeros_like(logits)
-            gauss_newton.append(self._loss.curvature(logits, labels, tangents.unsqueeze(0))[1][0])
+            gauss_newton.append(self.loss.curvature(logits, labels, tangents.unsqueeze(0))[1][0])
         return Forms(losses.detach().double().cpu(), torch.stack(hessian, 1).cpu(), torch.stack(gauss_newton, 1).cpu())
 
     def _record(self, inputs: Inputs, labels: Tensor, first: int) -> tuple[Tape, Tensor]:
         tape = record(lambda: self.weights.logits(inputs), self.weights.leaves)
-        return tape, finite(self._loss(tape.logits, labels), first)
+        return tape, finite(self.loss(tape.logits, labels), first)
 
     def _losses(self, inputs: Inputs, labels: Tensor, first: int) -> Tensor:
-        return finite(self._loss(self.weights.logits(inputs), labels), first)
+        return finite(self.loss(self.weights.logits(inputs), labels), first)
 
     def _chunks(self, inputs: Inputs, labels: Tensor, directions: int) -> Iterator[tuple[int, Inputs, Tensor, int]]:
-        batch, width, budget = len(labels), self._width(inputs, labels), _budget(labels.device, CPU_ELEMENTS)
-        most = CPU_EXAMPLES if labels.device.type == "cpu" else MOST_EXAMPLES
-        room = max(1, min(most, budget // (width * min(directions, DIRECTIONS))))
-        size = _even(batch, self._examples_at_once or room)
-        together = self._directions_at_once or max(DIRECTIONS, budget // (width * size))
+        batch = len(labels)
+        size, together, _ = self.at_once(inputs, labels, directions)
         for at in range(0, batch, size):
             end = min(batch, at + size)
             yield at, some_examples(inputs, batch, at, end), labels[at:end], together
+
+    def at_once(self, inputs: Inputs, labels: Tensor, directions: int) -> tuple[int, int, int]:
+        """Examples and directions of a batch that a sweep takes together, and examples for products."""
+        batch, width = len(labels), self._width(inputs, labels)
+        size, together = sweep_chunk(
+            batch, width, directions, labels.device, self._examples_at_once, self._directions_at_once
+        )
+        return size, together, product_chunk(batch, width, labels.device, self._examples_at_once)
 
     def _width(self, inputs: Inputs, labels: Tensor) -> int:
         """Elements of the largest activation of one example.
@@ -393,16 +380,3 @@ def _column(product: Products) -> dict[str, Tensor]:
     if product.positive is not None and product.gap is not None:
         found |= {"positive": product.positive, "gap": product.gap}
     return {name: value.cpu() for name, value in found.items()}
-
-
-def _even(examples: int, at_most: int) -> int:
-    """The size of chunks that are as equal as can be."""
-    return -(-examples // -(-examples // at_most))
-
-
-def _budget(device: torch.device, on_cpu: int) -> int:
-    """Elements of a tensor that travel together."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * GPU_SHARE / 4)
-    return on_cpu

@@ -6,8 +6,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from operator import length_hint
 from typing import Any
 
@@ -17,10 +16,12 @@ from tqdm.auto import tqdm
 
 from ..corrected_loss import CorrectedLoss
 from ..processes import OtherProcessFailed, Processes, merged
+from . import cost
 from .batches import Batches
 from .candidates import CANDIDATES, Candidate, Candidates
 from .directions import Group, Layers, group_layers, lengths_of, travelled
 from .engine import Engine
+from .estimate import work_of
 from .forms import LANCZOS_STEPS, check_counts
 from .loss import ExampleLoss, LossFunction
 from .model import Inputs, measuring, some_examples
@@ -30,10 +31,6 @@ from .sums import Sums
 from .sweep import Direction
 
 logger = logging.getLogger(__name__)
-
-# Forward passes for the sound bounds of one layer, and for one step of Lanczos, on a CPU (recipes/RESULTS.md).
-FORWARD_PASSES = 2.4
-FORWARD_PASSES_A_STEP = 2.0
 
 
 class MeasurementStopped(RuntimeError):
@@ -215,15 +212,18 @@ class _Run:
         return KeyboardInterrupt(words) if interrupted else OtherProcessFailed(words)
 
     def _predict(self, inputs: Inputs, labels: Tensor, batches: int | None) -> None:
-        one = some_examples(inputs, len(labels), 0, 1)
-        forward, forward_one = (_seconds(partial(self._engine.weights.logits, some)) for some in (inputs, one))
-        layers = len(self._groups)
-        self._estimate = FORWARD_PASSES * forward * layers * (batches or 1)
-        value = FORWARD_PASSES_A_STEP * forward_one * self._steps
+        examples = len(labels) * (batches or 1) * self._processes.count
+        work, some = work_of(self._engine, self._directions, inputs, labels, examples, self._processes.count)
+        whole, value = cost.measure(work, some, self._steps), cost.lanczos_value(work, some, self._steps).seconds
+        self._estimate = whole.seconds
+        if self._processes.rank:
+            return
         logger.info(
             "sound bounds of %d layers: about %.0f s for %s; then Lanczos within time_budget: about %.2g s a value, "
-            "%.0f s for one value a layer, at most %d times that",
-            layers, self._estimate, f"{batches} batches" if batches else "a batch", value, layers * value, CANDIDATES,
+            "%.0f s for one value a layer, at most %d times that. Memory: %.3g GB more than the model, its reference "
+            "and a batch",
+            work.layers, whole.seconds, f"{batches} batches" if batches else "a batch", value, work.layers * value,
+            CANDIDATES, whole.bytes / 1e9,
         )  # fmt: skip
 
     def _add(self, inputs: Inputs, labels: Tensor, first: int) -> None:
@@ -360,17 +360,3 @@ def _copied(inputs: Inputs, device: torch.device | str | None = None) -> Any:
     if isinstance(inputs, Mapping):
         return {key: copied(value) for key, value in inputs.items()}
     return tuple(copied(value) for value in inputs)
-
-
-@torch.no_grad()
-def _seconds(forward: Callable[[], Tensor]) -> float:
-    """Of the second run: a model's first one is slower."""
-    _synchronized(forward())
-    start = time.perf_counter()
-    _synchronized(forward())
-    return time.perf_counter() - start
-
-
-def _synchronized(tensor: Tensor) -> None:
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)

@@ -46,7 +46,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
         with (
             whole_weights(model),
             sdpa_kernel(SDPBackend.MATH),
-            torch.autocast(next(model.parameters()).device.type, enabled=False),
+            torch.autocast(next(model.parameters()).device.type.replace("meta", "cpu"), enabled=False),
             torch.enable_grad(),
             torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
         ):
@@ -100,6 +100,8 @@ class Weights:
         self._half = (torch.float16, torch.bfloat16)
         # By identity, so that tied tensors stay tied.
         self._stand_ins = {tensor: self.raised(tensor.detach()) for tensor in tensors}
+        self.copied = sum(new.numel() for tensor, new in self._stand_ins.items() if new.dtype != tensor.dtype)
+        """Elements of the tensors that were raised."""
         self.leaves: list[Tensor] = []
         """With a gradient; the groups' members in order."""
         self._merged: dict[LowRank, tuple[Tensor, Tensor | None]] = {}

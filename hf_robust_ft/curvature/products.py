@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .lanczos import positive_part
+from .sweep import Direction, separable
 from .tape import Op, Tape, aten
 
 Bend = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -123,6 +124,17 @@ def _patches(op: Op, out: Tensor, direction: Tensor) -> Use | None:
         lambda a: a.reshape(examples, channels, -1).transpose(1, 2),
         lambda r: r.transpose(1, 2).contiguous().view(examples, channels, *spatial),
     )  # fmt: skip
+
+
+def find_uses(tape: Tape, directions: Sequence[Direction], losses: Tensor) -> dict[int, Use]:
+    """Of the directions whose products are taken in activation space, all examples together."""
+    ones = {d: next(iter(direction.items())) for d, direction in enumerate(directions) if len(direction) == 1}
+    uses = {d: use for d, (leaf, v) in ones.items() if (use := find_use(tape, leaf, v, len(losses))) is not None}
+    if len(losses) == 1 or not uses:
+        return uses
+    outs = [use.out for use in uses.values()]
+    apart = separable(outs, torch.autograd.grad(losses.sum(), outs, retain_graph=True), losses)
+    return {d: use for (d, use), alone in zip(uses.items(), apart, strict=True) if alone}
 
 
 def in_activation_space(uses: Sequence[Use], losses: Tensor, steps: int | None) -> list[Products]:

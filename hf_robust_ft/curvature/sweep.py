@@ -36,7 +36,7 @@ def prepare(tape: Tape, directions: Sequence[Direction], losses: Tensor) -> list
         tape: of the logits that the losses were computed from.
         losses: [examples], with autograd's graph.
     """
-    reach = _reach(tape, directions)
+    reach = reached(tape, directions)
     curved = [op for op in tape.ops if curved_along(op, reach)]
     if any(op.out_slots[0] in tape.overwritten for op in curved):
         raise Untraceable("the result of a non-linear operation is changed in place")
@@ -142,7 +142,7 @@ def _order(tape: Tape, directions: Sequence[Direction]) -> list[int]:
     return sorted(range(len(directions)), key=lambda d: min((first.get(w, end) for w in directions[d]), default=end))
 
 
-def _reach(tape: Tape, directions: Sequence[Direction]) -> dict[int, int]:
+def reached(tape: Tape, directions: Sequence[Direction]) -> dict[int, int]:
     """For each slot the directions along which it moves, as a bit set."""
     reach: dict[int, int] = Counter()
     for d, direction in enumerate(directions):
@@ -164,7 +164,7 @@ def passing_all(tape: Tape, directions: Sequence[Direction], moving: Sequence[in
 
     The one that passes most comes first; where several serve as well, the one of the smallest weight.
     """
-    reach = _reach(tape, [direction if d in moving else {} for d, direction in enumerate(directions)])
+    reach = reached(tape, [direction if d in moving else {} for d, direction in enumerate(directions)])
     left = [along for op in tape.ops if (along := curved_along(op, reach))]
     sizes = {d: sum(v.numel() for v in directions[d].values()) for d in moving}
     chosen: list[int] = []

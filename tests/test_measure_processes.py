@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torchrun import results, run
+from torchrun import close, results, run
 
 from hf_robust_ft.curvature.candidates import CANDIDATES, Candidate, Candidates
 from hf_robust_ft.curvature.sums import Sums
 from hf_robust_ft.processes import Processes
+
+pytestmark = pytest.mark.timeout(800)
 
 SAME = ("report", "few", "means")
 
@@ -26,22 +27,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def _close(got: Any, expected: Any, where: str = "") -> None:
-    """The same but for the order of float64 sums."""
-    if isinstance(expected, dict):
-        assert got.keys() == expected.keys(), where
-        for key, value in expected.items():
-            _close(got[key], value, f"{where}.{key}")
-    elif isinstance(expected, list):
-        assert len(got) == len(expected), where
-        for i, value in enumerate(expected):
-            _close(got[i], value, f"{where}[{i}]")
-    elif isinstance(expected, float):
-        assert got == pytest.approx(expected, rel=1e-6, abs=1e-12), where
-    else:
-        assert got == expected, where
-
-
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("name", SAME)
@@ -51,7 +36,7 @@ def test_several_processes_measure_what_one_does(runs: Path, name: str, processe
     assert all(other == first for other in others)  # to the last bit: they go on together
     for case, expected in alone.items():
         if case != "shuffled":
-            _close(first[case], expected, case)
+            close(first[case], expected, case)
 
 
 @pytest.mark.multiprocess
@@ -86,8 +71,8 @@ def test_shuffling_makes_no_difference(runs: Path) -> None:
 def test_wrappers_are_taken_off(runs: Path) -> None:
     (alone,) = results(runs, "report", 1)
     for rank in results(runs, "wrapped", 2):
-        _close(rank["DDP"], alone["in order"], "DDP")
-        _close(rank["compiled"], alone["in order"], "compiled")
+        close(rank["DDP"], alone["in order"], "DDP")
+        close(rank["compiled"], alone["in order"], "compiled")
 
 
 @pytest.mark.multiprocess
@@ -105,7 +90,7 @@ def test_a_training_on_two_processes_is_measured_as_on_one(runs: Path) -> None:
     assert alone["file"]
     assert alone["report"]["examples"] == 11
     assert set(alone["risks"]) == {"training", "eval"}
-    _close(first, alone)
+    close(first, alone, "report")
 
 
 @pytest.mark.multiprocess
@@ -137,7 +122,7 @@ def test_what_was_measured_before_a_failure_is_kept(runs: Path) -> None:
     for rank in (first, second):
         assert rank["interrupted"] == [False, 9]
     (alone,) = results(runs, "report", 1)
-    _close(first["afterwards"], alone["in order"])
+    close(first["afterwards"], alone["in order"], "report")
 
 
 # What is put together

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 from torchrun import launch, results, run
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(800)]
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

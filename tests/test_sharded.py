@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torchrun import results, run
+from torchrun import close, results, run
 from transformers.distributed import DistributedConfig
 
 from hf_robust_ft import layer_quadratic_forms
 from hf_robust_ft.curvature.placement import unwrapped
+
+pytestmark = pytest.mark.timeout(800)
 
 SHARDS_BY_ITSELF = "fsdp_size" in {field.name for field in dataclasses.fields(DistributedConfig)}
 needs_sharding = pytest.mark.skipif(not SHARDS_BY_ITSELF, reason="needs a transformers that shards models by FSDP2")
@@ -28,27 +29,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def _close(got: Any, expected: Any, where: str) -> None:
-    if isinstance(expected, dict):
-        assert got.keys() == expected.keys(), where
-        for key, value in expected.items():
-            _close(got[key], value, f"{where}.{key}")
-    elif isinstance(expected, list) and expected and isinstance(expected[0], (list, float)):
-        assert len(got) == len(expected), where
-        for i, value in enumerate(expected):
-            _close(got[i], value, f"{where}[{i}]")
-    elif isinstance(expected, float):
-        assert got == pytest.approx(expected, rel=1e-6, abs=1e-12), where
-    else:
-        assert got == expected, where
-
-
 @pytest.mark.multiprocess
 def test_shards_are_projected_as_whole_weights_are(runs: Path) -> None:
     (whole,) = results(runs, "projection", 1)
     first, second = results(runs, "projection", 2)
     assert first == second
-    _close(first, whole, "projection")
+    close(first, whole, "projection")
     for name, case in first.items():
         assert case["again"], name  # projecting twice is projecting once, bit for bit
         assert case["active"] or name == "zero", name
@@ -68,7 +54,7 @@ def test_a_sharded_model_is_measured_as_the_whole_one(runs: Path) -> None:
     (whole,) = results(runs, "measurement", 1)
     first, second = results(runs, "measurement", 2)
     assert first == second
-    _close(first, whole, "measurement")
+    close(first, whole, "measurement")
     assert len(first["positive"]) == len(first["upper"]) == 17
     assert first["unchanged"] == [True, True]
     assert first["error"].startswith("ValueError: label 9 lies outside 0..2")
@@ -84,7 +70,7 @@ def test_the_trainer_trains_shards_as_the_whole(runs: Path) -> None:
     assert [whole.pop("sharded"), first.pop("sharded")] == [False, True]
     assert len(first["grad_norm"]) == 4
     assert first["active"]
-    _close(first, whole, "trainer")
+    close(first, whole, "trainer")
 
 
 @needs_sharding

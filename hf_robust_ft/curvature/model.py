@@ -46,7 +46,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
         with (
             whole_weights(model),
             sdpa_kernel(SDPBackend.MATH),
-            torch.autocast(next(model.parameters()).device.type.replace("meta", "cpu"), enabled=False),
+            torch.autocast(_device_type(model), enabled=False),
             torch.enable_grad(),
             torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
         ):
@@ -57,6 +57,12 @@ def measuring(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for key, config in configs.items():
             config._attn_implementation_internal = attention[key]
+
+
+def _device_type(model: nn.Module) -> str:
+    """For autocast, which doesn't know the meta device; a model without weights is refused later."""
+    found = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    return "cpu" if found == "meta" else found
 
 
 def _collect(config: Any, configs: dict[int, Any]) -> None:

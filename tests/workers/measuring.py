@@ -10,15 +10,13 @@ in which examples are added up does not show.
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
+from launched import PROCESSES, RANK, answer, said
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
@@ -35,7 +33,6 @@ from hf_robust_ft import (
 )
 from hf_robust_ft.curvature import HessianReport
 
-PROCESSES, RANK = int(sys.argv[2]), int(os.environ.get("RANK", "0"))
 LAST = PROCESSES - 1
 Example = dict[str, Tensor]
 
@@ -91,15 +88,6 @@ def content(report: HessianReport, out: Path, name: str) -> dict[str, Any]:
     for key in ("seconds", "estimated_seconds"):
         found[key] = None
     return found
-
-
-def said(call: Callable[[], Any]) -> str:
-    """The error of a call."""
-    try:
-        call()
-    except Exception as error:  # noqa: BLE001 - what it is, is what the test asks
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def report(out: Path) -> dict[str, Any]:
@@ -238,21 +226,8 @@ def trainer(out: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    out = Path(sys.argv[1])
+if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
     # Some launchers start one process whatever they are asked for, and then nothing would be tested.
     assert accelerator.num_processes == PROCESSES
-    tasks = (report, few, wrapped, means, failures, random_numbers, trainer)
-    functions = {function.__name__: function for function in tasks}
-    for name in sys.argv[3:]:
-        result = functions[name](out)
-        (out / f"{name}-{PROCESSES}-{RANK}.json").write_text(json.dumps(result))
-    if PROCESSES > 1:
-        # A process that leaves while another still talks to it can bring that one down at exit.
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    answer(report, few, wrapped, means, failures, random_numbers, trainer)

@@ -9,15 +9,12 @@ the order in which gradients are added up does not show, and two layouts differ 
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from launched import PROCESSES, RANK, answer
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -40,7 +37,6 @@ from hf_robust_ft import (
 
 Example = dict[str, Tensor]
 
-PROCESSES, RANK = int(sys.argv[2]), int(os.environ.get("RANK", "0"))
 
 TOKENS, CLASSES, LENGTH, NOISE = 40, 3, 7, 0.3
 MODELS = {"sequence": BertForSequenceClassification, "token": BertForTokenClassification}
@@ -365,18 +361,5 @@ def sharded(out: Path) -> dict[str, Any]:
     return {"message": message, "steps": counter.steps}
 
 
-def main() -> None:
-    out = Path(sys.argv[1])
-    tasks = (gradients, penalties, adapters, evaluation, base, head, estimate, failures, radius, sharded)
-    functions = {function.__name__: function for function in tasks}
-    for name in sys.argv[3:]:
-        result = functions[name](out)
-        (out / f"{name}-{PROCESSES}-{RANK}.json").write_text(json.dumps(result))
-    if PROCESSES > 1:
-        # A process that leaves while another still talks to it can bring that one down at exit.
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    answer(gradients, penalties, adapters, evaluation, base, head, estimate, failures, radius, sharded)

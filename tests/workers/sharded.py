@@ -9,15 +9,12 @@ NAME is a function below. What it returns goes to OUT/NAME-PROCESSES-RANK.json. 
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
+from launched import PROCESSES, RANK, answer, said
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -38,7 +35,6 @@ from hf_robust_ft.base_model import read_reference
 from hf_robust_ft.checkpoint import RECORD_FILE
 from hf_robust_ft.sharding import whole
 
-PROCESSES, RANK = int(sys.argv[2]), int(os.environ.get("RANK", "0"))
 CONFIG = {
     "vocab_size": 41, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12,
     "max_position_embeddings": 8, "num_labels": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
@@ -79,15 +75,6 @@ def batch(count: int, part: slice = slice(None)) -> dict[str, Tensor]:
 
 def flat(model: nn.Module) -> dict[str, list[float]]:
     return {name: whole(p.detach()).flatten().tolist() for name, p in model.named_parameters()}
-
-
-def said(call: Callable[[], Any]) -> str:
-    """The error of a call."""
-    try:
-        call()
-    except Exception as error:  # noqa: BLE001 - what it is, is what the test asks
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def projection(out: Path) -> dict[str, Any]:
@@ -245,21 +232,7 @@ def reading(out: Path) -> dict[str, Any]:
     return {"names": sorted(weights), "described": described.partition(" of ")[0]}
 
 
-def main() -> None:
-    out = Path(sys.argv[1])
-    state = PartialState(cpu=True)
-    # Some launchers start one process whatever they are asked for, and then nothing would be tested.
-    assert state.num_processes == PROCESSES
-    tasks = (projection, half, measurement, base, trainer, refusals, reading)
-    functions = {function.__name__: function for function in tasks}
-    for name in sys.argv[3:]:
-        result = functions[name](out)
-        (out / f"{name}-{PROCESSES}-{RANK}.json").write_text(json.dumps(result))
-    if PROCESSES > 1:
-        # A process that leaves while another still talks to it can bring that one down at exit.
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    # Some launchers start one process whatever they are asked for, and then nothing would be tested.
+    assert PartialState(cpu=True).num_processes == PROCESSES
+    answer(projection, half, measurement, base, trainer, refusals, reading)

@@ -26,8 +26,8 @@ spectral density            ``graph + second + bend`` of a batch, and ``b P (ste
 noise stability             as joint probes; the noise that is kept, and ``b P``, before
 ==========================  ==========================================================================================
 
-What n examples hold is counted on the model itself. For a transformer of L blocks, h wide, with a heads and T tokens it is,
-in numbers for each example, block for block and but for the ends (counted; exact):
+What n examples hold is counted on the model itself. For a transformer of blocks h wide with a heads and T tokens it is,
+in numbers for each example and block, without what lies before and after the blocks (counted; exact):
 
 ===========  =====================  =======================================================
 \            ViT, MLP of 4 h        Llama, MLP of 2.69 h; V words add to the whole
@@ -42,10 +42,11 @@ adjoints     ``7 h T + 2 a T²``     ``10 h T + 2 a T²``
 remembered   ``12 h T + a T²``      ``9 h T + a T²``
 ===========  =====================  =======================================================
 
-Tangents grow with the widest activation, not with L. Classes count where they are many: as V with T = 1.
+Tangents grow with the widest activation, not with the blocks. Classes count where they are many: as V with T = 1.
 
-Each measurement has 5 MB more for Python's objects. A half-precision model adds ``b`` times its parameters: it is measured on
-copies. Nothing of this shrinks with more processes, as each holds all weights; the time is divided by their number.
+Each measurement has 5 MB more for Python's objects. A half-precision model adds ``b`` times its parameters: it is
+measured on copies. Nothing of this shrinks with more processes, as each holds all weights; the time is divided by
+their number.
 
 Time in forward passes without gradients, per example: 0.9 a layer for exact forms, 2.4 a layer for the sound bounds,
 2.0 a Lanczos step (recipes/RESULTS.md, "What curvature costs"); for a product with the Hessian of all weights 3.0 (the

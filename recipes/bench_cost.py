@@ -183,7 +183,7 @@ def _time_is_up(*_: Any) -> None:
 
 
 def extrapolated() -> dict[str, Any]:
-    """Memory of models that only their shapes are known of; seconds are in forward passes of one example."""
+    """Memory of models of which only the shapes are known, in GB, one example at a time."""
     vit = ViTConfig(
         hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, intermediate_size=5120, patch_size=14,
         image_size=224, num_labels=1000,
@@ -210,9 +210,8 @@ def extrapolated() -> dict[str, Any]:
                 model, batch, examples=1, layers=layers, loss=cross_entropy, probes=10, directions_at_once=8
             )  # fmt: skip
             found[f"{title}, {layers}"] = {name: cost.bytes / 1e9 for name, cost in costs.items()}
-            print(
-                f"  layers={layers!r}: " + ", ".join(f"{name} {cost.bytes / 1e9:.1f}" for name, cost in costs.items())
-            )
+            told = (f"{name} {cost.bytes / 1e9:.1f}" for name, cost in costs.items())
+            print(f"  GB with layers={layers!r}: {', '.join(told)}", flush=True)
     return found
 
 

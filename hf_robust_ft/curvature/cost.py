@@ -7,7 +7,7 @@ travelled, and what n examples hold (:class:`~.footprint.Footprint`: tape, graph
 ==========================  ==========================================================================================
 exact forms                 ``b P`` (V) + the largest of: ``tape + adjoints + remembered + K tangents`` (n examples
                             and K directions travel together); ``tape + 2 adjoints + 4 widths`` (are examples apart?);
-                            ``b P + graph`` and ``graph + second + bend + 2 b compared`` of one example (which
+                            ``b P + graph`` and ``graph + second + bend + b (compared + p)`` of one example (which
                             autograd does, too, for a few layers)
 sound bounds                ``b P`` + the largest of: ``tape + 2 outputs + 4 widths``; ``graph + used + second + bend``,
                             or ``6 b vector`` in the place of ``bend``; and for groups, of one example,
@@ -26,11 +26,31 @@ spectral density            ``graph + second + bend`` of a batch, and ``b P (ste
 noise stability             as joint probes; the noise that is kept, and ``b P``, before
 ==========================  ==========================================================================================
 
-Each has 3 MB more for Python's objects. A half-precision model adds ``b`` times its parameters: it is measured on
-copies. Nothing of this shrinks with more processes, as each holds all weights; the time is divided by their number.
+What n examples hold is counted on the model itself. For a transformer of blocks h wide with a heads and T tokens it is,
+in numbers for each example and block, without what lies before and after the blocks (counted; exact):
+
+===========  =====================  =======================================================
+\            ViT, MLP of 4 h        Llama, MLP of 2.69 h; V words add to the whole
+===========  =====================  =======================================================
+tape         ``21 h T + 2 a T²``    ``37 h T + 3 a T²``, and ``2 T V``
+graph        ``16 h T + a T²``      ``19 h T + a T²``, and ``T V``
+used         ``4 h T``              ``4 h T``, and ``T V``
+second       ``16 h T + 2 a T²``    ``34 h T + 2 a T²``, and ``2 T V``
+bend         ``9 h T + 2 a T²``     ``13 h T + 2 a T²``
+outputs      ``9 h T``              ``10 h T``, and ``T V``
+adjoints     ``7 h T + 2 a T²``     ``10 h T + 2 a T²``
+remembered   ``12 h T + a T²``      ``9 h T + a T²``
+===========  =====================  =======================================================
+
+Tangents grow with the widest activation, not with the blocks. Classes count where they are many: as V with T = 1.
+
+Each measurement has 5 MB more for Python's objects. A half-precision model adds ``b`` times its parameters: it is
+measured on copies. Nothing of this shrinks with more processes, as each holds all weights; the time is divided by
+their number.
 
 Time in forward passes without gradients, per example: 0.9 a layer for exact forms, 2.4 a layer for the sound bounds,
-2.0 a Lanczos step (recipes/RESULTS.md, "What curvature costs"), and those below.
+2.0 a Lanczos step (recipes/RESULTS.md, "What curvature costs"); for a product with the Hessian of all weights 3.0 (the
+graph, once a batch) and 6.5 ("What a measurement costs"). With groups for layers the sound bounds take longer.
 """
 
 from __future__ import annotations
@@ -42,16 +62,16 @@ from .footprint import Footprint
 from .probes import KEPT_ELEMENTS
 from .trace import SWEPT_ELEMENTS
 
-# Bytes of the objects of Python and autograd and what the allocator can't give back: resident memory beyond the
-# tensors' own, measured on the ViT of recipes/glyph_vit, where it is a fifth.
-OVERHEAD = 3_000_000
+# Bytes of the objects of Python and autograd and of what the allocator can't give back. Of the resident memory of the
+# ViT of recipes/glyph_vit 2 to 7 MB are no tensor's; elsewhere it doesn't matter.
+OVERHEAD = 5_000_000
 # Forward passes without gradients on a CPU (recipes/RESULTS.md): a layer of a sweep, of the sound bounds, and of a step
 # of Lanczos; the graph for products of all weights, and one of these.
 SWEEP_PASSES = 0.9
 BOUND_PASSES = 2.4
 STEP_PASSES = 2.0
-GRAPH_PASSES = 4.0
-PRODUCT_PASSES = 5.0
+GRAPH_PASSES = 3.0
+PRODUCT_PASSES = 6.5
 
 
 @dataclass(frozen=True)
@@ -198,7 +218,8 @@ def _swept(work: Work, some: Footprint, layers: int) -> int:
     told = 0
     if work.swept_at_once > 1:
         told = chunk.tape + 2 * chunk.adjoints + 4 * b * chunk.width
-    compared = max(b * work.measured + one.graph, one.graph + one.second + one.bend + 2 * b * one.compared)
+    chosen = b * (one.compared + min(one.compared, work.largest))
+    compared = max(b * work.measured + one.graph, one.graph + one.second + one.bend + chosen)
     return max(chunk.tape + chunk.adjoints + chunk.remembered + tangents, told, compared)
 
 

@@ -165,8 +165,10 @@ def check_fits(checkpoint: Path, model: nn.Module) -> None:
     state = model.state_dict()
     # Of weights that share their storage one is saved.
     there = {state[name].data_ptr() for name in saved if name in state}
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    misshapen = [name for name, weight in state.items() if saved.get(name, tuple(weight.shape)) != tuple(weight.shape)]
+    parameters = dict(model.named_parameters())
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    # Not of buffers: one may grow with the data, and its own model knows how to load it.
+    misshapen = [name for name, p in parameters.items() if name in saved and saved[name] != tuple(p.shape)]
     lacking = [name for name in state if name in trained - saved.keys() and state[name].data_ptr() not in there]
     unknown = [name for name in saved if name.endswith("weight") and name not in state]
     problems = [

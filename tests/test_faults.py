@@ -24,7 +24,14 @@ from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 from workers import resumable
 
 from hf_robust_ft import HessianRegularizedTrainer, HessianReport, NotWritten, RobustTrainingArguments
-from hf_robust_ft.checkpoint import STATE_FILE, UNFINISHED_FILE, ConstraintRecord, is_complete, last_complete_checkpoint
+from hf_robust_ft.checkpoint import (
+    STATE_FILE,
+    UNFINISHED_FILE,
+    ConstraintRecord,
+    check_fits,
+    is_complete,
+    last_complete_checkpoint,
+)
 from hf_robust_ft.hessian_measurement import FILE as REPORT_FILE
 from hf_robust_ft.hessian_measurement import load_start
 from hf_robust_ft.interruption import ECHO
@@ -533,3 +540,13 @@ def test_what_a_killed_run_left_goes_before_it_counts_as_a_checkpoint(tmp_path: 
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert not half.exists()
     assert other.exists()
+
+
+def test_a_buffer_that_grows_is_no_other_model(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 3)
+    model.register_buffer("seen", torch.zeros(12))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    model.seen = torch.zeros(0)
+    check_fits(tmp_path, model)
+    with pytest.raises(ValueError, match=r"another model than this Linear: weight has shape \(3, 2\) there"):
+        check_fits(tmp_path, torch.nn.Linear(4, 3))

@@ -57,6 +57,7 @@ from .noise import (
     validate_transition,
 )
 from .noise_shape import noise_shape
+from .processes import OtherProcessFailed
 from .radius_search import RadiusCandidate, RadiusChoice
 from .reference import ReferenceMismatch, layer_distances
 from .report_bounds import report_bounds
@@ -85,6 +86,7 @@ __all__ = [
     "NoNoiseRule",
     "NotALayer",
     "NotWritten",
+    "OtherProcessFailed",
     "Posterior",
     "PushFailed",
     "QuadraticForms",

@@ -81,10 +81,10 @@ def test_both_stop_after_the_same_step_and_save_it(interrupted: Path) -> None:
 def test_a_killed_process_ends_the_other_and_its_checkpoint_is_passed_over(interrupted: Path) -> None:
     done = len(_results(interrupted, "interrupted")[0]["begun"])
     killed = _start(interrupted, "died")
-    output = _end(killed)
+    # Which of the two torchrun names first, the one that was killed or the one that lost it, is a matter of chance.
+    _end(killed)
     assert killed.returncode != 0
-    assert "Signal 9 (SIGKILL)" in output
-    assert not (interrupted / "died-0.json").exists()
+    assert not any((interrupted / f"died-{rank}.json").exists() for rank in (0, 1))
     # All but the random numbers of the second process was written, and Trainer would have called it whole.
     newest = str(interrupted / "run" / f"checkpoint-{max(6, done)}")
     assert last_complete_checkpoint(interrupted / "run") == newest

@@ -184,5 +184,6 @@ def test_the_recipe_goes_the_same_way_on_two_processes(tmp_path: Path) -> None:
     assert len(losses) == 8
     assert shared_losses == pytest.approx(losses, rel=1e-4)
     for name, weight in weights.items():
-        # AdamW turns a rounding error of a gradient near zero into a step of its learning rate.
-        assert (shared_weights[name] - weight).norm() <= 1e-2 * weight.norm(), name
+        # The loss does not depend on biases of keys; AdamW makes steps of the rounding errors in their gradients.
+        if not name.endswith("key.bias"):
+            assert (shared_weights[name] - weight).norm() <= 1e-2 * weight.norm(), name

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from operator import length_hint
 from typing import Any
 
+import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -66,7 +67,9 @@ class Batches:
                 first, count = self.read, len(labels)
                 self.read += count
                 if self._processes.count > 1:
-                    self.token = zlib.crc32(labels.contiguous().cpu().numpy().tobytes(), self.token)
+                    # A byte view, as numpy has no bfloat16.
+                    content = labels.contiguous().cpu().flatten().view(torch.uint8).numpy()
+                    self.token = zlib.crc32(content.tobytes(), self.token)
                 mine = self._processes.share(count, turn)
                 if mine.start < mine.stop:
                     yield first + mine.start, some_examples(inputs, count, mine.start, mine.stop), labels[mine]

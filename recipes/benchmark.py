@@ -1,0 +1,186 @@
+"""Ways to fine-tune on noisy labels, on real data with real pretrained models: methods × data × noise × seeds.
+
+    python recipes/benchmark.py --sources digits --seeds 100
+    accelerate launch --multi_gpu --num_processes 8 recipes/benchmark.py --seeds 100 101 102 103 104
+    torchrun --nproc_per_node 2 recipes/benchmark.py --seeds 100        # two processes on a CPU, or on one GPU
+
+Each run appends one line of JSON to ``--output``; runs that stand there are skipped, so that the command that broke off is
+also the one that goes on. Several processes share the runs, each on a GPU of its own where there are as many. Settings are
+those of ``--settings``, which ``python recipes/benchmark_report.py --freeze`` chose from the runs of ``--tune``:
+
+    torchrun --nproc_per_node 2 recipes/benchmark.py --tune --seeds 0 --noises symmetric-0.4 pair_flip-0.4 \\
+        --output outputs/benchmark_development.jsonl
+
+``benchmark_report.py`` makes tables and pictures of the lines. fashion-mnist and the two of WordNet need the models that
+``../shared/assets/fetch_models.py`` lays out in .assets/models, and fashion-mnist and wordnet-nouns ``../shared/data``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from benchmark_data import NOISES, RULES, SOURCES, Source, draw
+from benchmark_methods import METHODS, Setting, run
+from tqdm import tqdm
+
+from hf_robust_ft import Diagnosis, diagnose
+
+SETTINGS = Path(__file__).parent / "results" / "benchmark_settings.json"
+KEY = ("source", "noise", "seed", "method", "setting")
+VERSIONS = ("torch", "transformers", "accelerate", "datasets")
+
+
+def main() -> int:
+    options = parse()
+    rank, world = own_share()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1 if world > 1 else torch.get_num_threads())
+    done = {key(line) for line in read(options.output)}
+    jobs = [
+        (name, noise, seed, method, setting)
+        for seed in options.seeds
+        for name in options.sources
+        for noise in options.noises or SOURCES[name].noises
+        if noise in SOURCES[name].noises
+        for method in options.methods
+        for setting in settings_of(method, name, options)
+    ]
+    jobs = [job for job in jobs if key(dict(zip(KEY, job, strict=True))) not in done]
+    folder = options.output.parent / "diagnoses"
+    for name, noise, seed in list(dict.fromkeys(job[:3] for job in jobs))[rank::world]:
+        if not (case_folder(folder, name, noise, seed) / "diagnosis.json").is_file():
+            make_diagnosis(SOURCES[name], noise, seed, folder)
+    failed, case = 0, None
+    bar = tqdm(jobs[rank::world], unit="run", disable=rank > 0, file=sys.stdout, mininterval=5)
+    for name, noise, seed, method, setting in bar:
+        source = SOURCES[name]
+        if case != (name, noise, seed):
+            case = name, noise, seed
+            parts = draw(source, noise, seed)
+            diagnosis = wait_for_diagnosis(case_folder(folder, *case))
+        try:
+            result = run(method, setting, source, parts, diagnosis, seed)
+        except Exception:  # noqa: BLE001 - the other runs go on; the exit status tells
+            traceback.print_exc()
+            print(f"failed: {name}, {noise}, seed {seed}, {method}, {setting}", file=sys.stderr)
+            failed += 1
+            continue
+        about = {
+            "wrong": float((parts["train"].labels != parts["train"].clean).mean()),
+            "estimated": round(diagnosis.estimate.noise_rate, 4),
+            "recommended": diagnosis.arguments.get("loss_correction", "none"),
+        }
+        append(
+            options.output,
+            dict(zip(KEY, (name, noise, seed, method, setting), strict=True)) | about | result | machine(),
+        )
+    if failed:
+        print(f"{failed} runs failed; the same command tries them again", file=sys.stderr)
+    return int(failed > 0)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--noises", nargs="+", choices=(*NOISES, RULES), help="default: all of each source")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[100], help="below 100: development")
+    parser.add_argument("--tune", action="store_true", help="run every setting of each method")
+    parser.add_argument("--settings", type=Path, default=SETTINGS, help="the settings that were chosen")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark.jsonl"))
+    return parser.parse_args()
+
+
+def own_share() -> tuple[int, int]:
+    """Number of this process, and of all; from then on each is alone, on one GPU."""
+    found = [
+        int(os.environ.pop(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    ]
+    for name in ("LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    rank, world, local = found
+    # Trainer would spread each batch over all GPUs that it sees. torch reads this when CUDA is first used.
+    if (gpus := torch.cuda.device_count()) > 1:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen[local % gpus]
+    return rank, world
+
+
+def settings_of(method: str, source: str, options: argparse.Namespace) -> tuple[Setting, ...]:
+    """All that are tuned, or the one that was chosen."""
+    if options.tune:
+        return METHODS[method].settings
+    if not options.settings.is_file():
+        raise FileNotFoundError(
+            f"settings {options.settings} does not exist; choose them with benchmark_report.py --freeze, or run --tune"
+        )
+    # The verbs were never tuned on: they take what the nouns chose.
+    chosen = json.loads(options.settings.read_text())[{"wordnet-verbs": "wordnet-nouns"}.get(source, source)]
+    return (chosen[method],)
+
+
+def case_folder(folder: Path, name: str, noise: str, seed: int) -> Path:
+    """Where the diagnosis of these labels lies."""
+    return folder / f"{name}-{noise}-{seed}"
+
+
+def make_diagnosis(source: Source, noise: str, seed: int, folder: Path) -> None:
+    """Of the noisy training labels: what is recommended, and the T that all methods get."""
+    raw = draw(source, noise, seed)["train"].raw
+    found = diagnose(str(source.model), raw, image_size=source.image_size, seed=seed)
+    found.save(case_folder(folder, source.name, noise, seed))
+
+
+def wait_for_diagnosis(kept: Path) -> Diagnosis:
+    """The one that another process makes, perhaps now."""
+    while not (kept / "diagnosis.json").is_file():
+        time.sleep(0.5)
+    return Diagnosis.load(kept)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs in a file of JSON lines; none without the file. A line that broke off is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def key(line: dict[str, Any]) -> tuple[str, str, int, str, str]:
+    """What tells one run from another."""
+    source, noise, seed, method, setting = (line[name] for name in KEY)
+    return source, noise, seed, method, json.dumps(setting, sort_keys=True)
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """One write: lines of several processes don't mix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def machine() -> dict[str, str]:
+    """Versions and device."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"device": device} | {name: version(name) for name in VERSIONS}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

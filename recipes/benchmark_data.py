@@ -1,8 +1,8 @@
 """What the benchmark trains on: examples drawn by seed from four sources, and how their labels are corrupted.
 
-Seeds below 100 are for development, the others for the report. They share no example: development draws from the first
-half of a training file and looks at clean labels of that half alone, the report draws from the second half and tests on the
-test file. (The digits are too few for that: see :func:`Source.parts`.)
+Seeds below 100 are for development, the others for the report. They share no example: development draws from the
+first half of a training file and looks at clean labels of that half alone, the report draws from the second half and
+tests on the test file. (The digits are too few for that: see :func:`Source.parts`.)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The methods of the benchmark, what is tuned of each, and one run of one of them.
 
-A setting is a factor of the source's learning rate and, for methods that have one, a number of their own. Every method has
-four, so that tuning (benchmark_report.py) gives each the same chance.
+A setting is a factor of the source's learning rate and, for methods that have one, a number of their own. Every method
+has four, so that tuning (benchmark_report.py) gives each the same chance.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     apt-get install wordnet-base
     python recipes/make_wordnet_verbs.py
 
-The ten of WordNet's lexicographer classes with the most definitions; the label is the class. Definitions that occur twice
-are left out. WordNet 3.0, copyright 2006 Princeton University; its licence allows this.
+The ten of WordNet's lexicographer classes with the most definitions; the label is the class. Definitions that occur
+twice are left out. WordNet 3.0, copyright 2006 Princeton University; its licence allows this.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     found = definitions(options.wordnet / "data.verb")
     order = np.random.default_rng(2206).permutation(len(found))
     parts: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
-    taken = {name: 0 for name in NAMES}
+    taken = dict.fromkeys(NAMES, 0)
     for i in order:
         text, name = found[i]
         taken[name] += 1

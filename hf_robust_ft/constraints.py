@@ -14,12 +14,13 @@ from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from .adapters import find_adapters
 from .layers import Layer, NotALayer, find_layers
 from .penalties import add_l2sp_gradient
-from .projection import Norm, distance, magnitude, project_, square_distance
+from .projection import Norm, distance, magnitude, project_, project_together_, square_distance
 from .reference import capture_reference, reference_weight
 from .sharding import is_sharded, over_shards_at_once
 from .stored import Count, Size
@@ -90,6 +91,17 @@ class Ball:
     def distance(self, norm: Norm) -> float:
         """``‖W_i - W_i^ref‖`` now, in float64."""
         return _distance(self.layer, self.centre, norm)
+
+    def goes_with(self) -> tuple[torch.device, torch.dtype] | None:
+        """What the weights that :func:`project_together_` can take beside this one share; None: it goes alone.
+
+        On a CPU alone is faster: a weight's blocks stay in the cache from the norm to the projection.
+        """
+        weight = self.layer.parameter
+        plain = self.layer.adapter is None and not is_sharded(weight) and weight.device.type != "cpu"
+        if not plain or weight.dtype not in (torch.float32, torch.float64) or self.centre.dtype != weight.dtype:
+            return None
+        return weight.device, weight.dtype
 
     def project_(self, norm: Norm, square: Tensor | None = None) -> None:
         """Move the weight, or what an adapter adds to it, in place, into the ball.
@@ -221,8 +233,16 @@ class LayerConstraints:
 
         Of sharded weights (FSDP2, tensor parallelism) each process moves its shard; all must call this.
         """
+        groups: dict[tuple[torch.device, torch.dtype], list[Ball]] = {}
         for ball, square in zip(self._balls, self._square_distances(), strict=True):
-            ball.project_(self.norm, square)
+            if self.norm == "frobenius" and (kind := ball.goes_with()) is not None:
+                groups.setdefault(kind, []).append(ball)
+            else:
+                ball.project_(self.norm, square)
+        for group in groups.values():
+            weights, centres = [ball.layer.parameter for ball in group], [ball.centre for ball in group]
+            radii, norms = [ball.radius for ball in group], [ball.centre_norm for ball in group]
+            project_together_(weights, centres, radii, norms)
 
     def _square_distances(self) -> Sequence[Tensor | None]:
         """Those of sharded weights, by one reduction for all layers; None for what is as well found one by one."""

@@ -76,7 +76,7 @@ class Diagnosis:
     explained: Share
     """Share of the wrong labels that a symmetric, pair-flip or particular-classes shape explains; else 1."""
     identifiable: bool
-    """Whether labels can be corrected for: T is regular throughout its interval."""
+    """Whether labels can be corrected for by the inverse of T: it is regular throughout its interval."""
     estimate: TransitionEstimate
     rows: npt.NDArray[np.int64]
     """[n]: the rows of the data set that were looked at; all that have a label, as a rule."""
@@ -228,7 +228,7 @@ class Diagnosis:
             + (f" ({self.explained:.0%} of them)" if self.explained < 1 else "")
             + f"; class-conditional test p = {found.class_conditional_p_value:.2g}, "
             f"effect {found.class_conditional_effect:.2f}",
-            f"Correction  {'possible' if self.identifiable else 'not safe: T may be singular'} (condition number "
+            f"Correction  {'possible' if self.identifiable else 'not by an inverse: T may be singular'} (condition number "
             f"{found.condition_number:.3g}, {found.effective_counts.min():.0f} sure examples of the rarest class)",
         ]
         if few:

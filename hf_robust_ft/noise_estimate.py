@@ -97,7 +97,8 @@ def study_labels(
             they are the labels themselves.
 
     Raises:
-        ValueError: the labels do not identify T (the estimate is written all the same), or don't suit
+        ValueError: the labels do not identify T, or for posteriors say nothing (the estimate is written all the same), or
+            don't suit
             :func:`estimate_transition`.
     """
     chosen = np.random.default_rng(args.seed).permutation(len(dataset))
@@ -121,7 +122,7 @@ def study_labels(
     assert isinstance(found, LabelStudy)
     if found.estimate is not None:
         logger.info("%s", found.estimate)
-        check_identifiable(found.estimate)
+        check_estimate(found.estimate, posteriors)
     return found
 
 
@@ -148,7 +149,7 @@ def _study(
         estimate = estimate_transition(features[first], labels[first], num_classes=num_classes, seed=args.seed)
         estimate.save(folder / FILE)
         transition = estimate.transition
-        posteriors = posteriors and estimate.identifiable
+        posteriors = posteriors and estimate.informative
     if not posteriors:
         return LabelStudy(estimate, None)
     matrix = load_transition(transition, num_classes)
@@ -233,17 +234,21 @@ def _class_indices(labels: Any, name: str, asked: str) -> torch.Tensor:
     return labels.cpu().long()
 
 
-def check_identifiable(estimate: TransitionEstimate) -> None:
-    """Refuse to train with a T that may be singular.
+def check_estimate(estimate: TransitionEstimate, posteriors: bool) -> None:
+    """Refuse to train with a T that may be singular, or on posteriors of labels that say nothing.
 
     Raises:
-        ValueError: it may.
+        ValueError: it may, or they do.
     """
-    if not estimate.identifiable:
-        raise ValueError(
-            f"noise_transition='{ESTIMATE}': {estimate.verdict} (The estimate is in {FILE}.) Train without T "
-            "(loss_correction='gce' with noise_transition=None), give T, or more examples"
-        )
+    if estimate.informative if posteriors else estimate.identifiable:
+        return
+    instead = (
+        "" if posteriors or not estimate.informative else "on posteriors of the labels (loss_correction='posterior'), "
+    )
+    raise ValueError(
+        f"noise_transition='{ESTIMATE}': {estimate.verdict} (The estimate is in {FILE}.) Train {instead}without T "
+        "(loss_correction='gce' with noise_transition=None), give T, or more examples"
+    )
 
 
 def saved_estimate(source: Any) -> TransitionEstimate | None:

@@ -42,18 +42,19 @@ def recommend(estimate: TransitionEstimate, depends_on_example: bool, radius: An
             f"Perhaps noise (between {low:.0%} and {high:.0%}), too few examples to correct for it: a ball around each "
             "layer needs no matrix.",
         )
-    if depends_on_example or not estimate.identifiable:
+    if depends_on_example or not estimate.informative:
         # Posteriors assume noise of a known matrix that depends on the class alone; neither of these two does.
-        why = "depends on more than the class" if depends_on_example else "may make T singular"
+        why = "depends on more than the class" if depends_on_example else "leaves the labels hardly better than chance"
         return Recommendation(
             {"loss_correction": "gce", **constrained},
             f"The noise {why}, so T is not to be relied on: generalized cross entropy and a ball around each layer do "
             "without.",
         )
-    # The most helpful of what was measured.
+    # The most helpful of what was measured, also where classes are so rare that T may be singular.
+    safe = "" if estimate.identifiable else " They need no inverse of T, which may be singular."
     return Recommendation(
         {"noise_transition": "estimate", "loss_correction": "posterior", **constrained},
-        "Train on the posteriors of the labels, with a ball around each layer.",
+        f"Train on the posteriors of the labels, with a ball around each layer.{safe}",
     )
 
 

@@ -119,6 +119,8 @@ def checked(kind: Any, value: Any, where: str, instead: Mapping[Any, float] | No
     if instead and (value is None or isinstance(value, str)) and value in instead:
         return instead[value]
     origin, parts = get_origin(kind), get_args(kind)
+    if hasattr(origin, "__value__"):  # "type NDArray[...] = ...", as numpy 2.5 has it from Python 3.12 on
+        return checked(origin.__value__[parts], value, where, instead)
     if origin is Annotated:
         return _within(checked(parts[0], value, where, instead), where, parts[1:])
     if origin in (Union, UnionType):

@@ -12,8 +12,8 @@ Settings are those of ``--settings``, which ``python recipes/benchmark_report.py
     torchrun --nproc_per_node 2 recipes/benchmark.py --tune --seeds 0 --noises symmetric-0.4 pair_flip-0.4 \\
         --output outputs/benchmark_development.jsonl
 
-``benchmark_report.py`` makes tables and pictures of the lines. fashion-mnist and the two of WordNet need the models
-that ``../shared/assets/fetch_models.py`` lays out in .assets/models; fashion-mnist and wordnet-nouns ``../shared/data``.
+``benchmark_report.py`` makes tables and pictures of the lines. All but the digits need the models that
+``../shared/assets/fetch_models.py`` lays out in .assets/models; fashion-mnist and wordnet-nouns need ``../shared/data``.
 """
 
 from __future__ import annotations

@@ -69,15 +69,12 @@ METHODS: dict[str, Method] = {
     "GCE + projection": corrected("gce", settings=RADII, radius=True),
     "ELR": Method(pairs("weight", 1.0, 3.0), trainer=ELRTrainer),
     "SAM": Method(pairs("rho", 0.02, 0.05), trainer=SAMTrainer),
-    "NSO": Method(pairs("hessian_penalty", 0.005, 0.01)),
+    "NSO": Method(pairs("hessian_penalty", 0.001, 0.005)),
     "EMA": Method(pairs("decay", 0.9, 0.98), trainer=EMATrainer),
     "cleanlab pruning": Method(),
     "linear probe": Method(tuple({"C": value} for value in (0.001, 0.01, 0.1, 1.0))),
     "posterior": corrected("posterior"),
     "recommended": Method(),
-    "recommended + EMA": Method(pairs("decay", 0.9, 0.98), trainer=EMATrainer),
-    "recommended + NSO": Method(pairs("hessian_penalty", 0.005, 0.01)),
-    "recommended + mixup": Method(pairs("alpha", 0.2, 1.0), trainer=MixupTrainer),
 }
 
 OPTIONS = ("alpha", "weight", "rho", "decay")
@@ -126,12 +123,13 @@ def arguments_of(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Of the training, and the options of a baseline."""
     arguments = dict(method.arguments)
-    if name.startswith("recommended"):
+    if name == "recommended":
         arguments |= diagnosis.arguments
         if arguments.get("noise_transition") is not None:
             arguments["noise_transition"] = diagnosis.estimate.transition
     if method.transition:
-        if diagnosis.identifiable:
+        found = diagnosis.estimate
+        if found.informative if arguments["loss_correction"] == "posterior" else found.identifiable:
             arguments["noise_transition"] = diagnosis.estimate.transition
         else:  # such a T is refused
             arguments["loss_correction"] = "none"
@@ -174,7 +172,7 @@ def train(
                 num_train_epochs=source.epochs,
                 per_device_train_batch_size=source.batch_size,
                 per_device_eval_batch_size=256,
-                eval_strategy="epoch",
+                eval_strategy="epoch" if name == "plain" else "no",  # whose best epochs are methods, too
                 save_strategy="no",
                 logging_strategy="epoch",
                 report_to="none",
@@ -191,9 +189,10 @@ def train(
         )
         trainer.options = options
         trainer.train()
-    history = trainer.state.log_history
+        if name != "plain":
+            trainer.evaluate()
     rows: list[dict[str, dict[str, float]]] = []
-    for entry in history:
+    for entry in trainer.state.log_history:
         for part in ("test", "validation"):
             if f"eval_{part}_accuracy" in entry:
                 if part == "test":

@@ -414,9 +414,12 @@ def test_recommendations_follow_what_was_measured(flipped: tuple[Dataset, Diagno
     found = recommend(with_rate(0.3), True, 0.01)
     assert found.arguments == {"loss_correction": "gce", **radius}
     assert "depends on more than the class" in found.reason
-    singular = recommend(with_rate(0.5, singular_value_interval=(0.0, 0.2)), False, 0.01)
-    assert singular.arguments == {"loss_correction": "gce", **radius}
-    assert "singular" in singular.reason
+    singular = recommend(with_rate(0.3, singular_value_interval=(0.0, 0.2)), False, 0.01)
+    assert singular.arguments == posterior
+    assert "may be singular" in singular.reason
+    chance = recommend(with_rate(0.66, singular_value_interval=(0.0, 0.2)), False, 0.01)
+    assert chance.arguments == {"loss_correction": "gce", **radius}
+    assert "hardly better than chance" in chance.reason
 
 
 def test_example_dependence_needs_an_effect_and_examples(flipped: tuple[Dataset, Diagnosis]) -> None:

@@ -23,7 +23,7 @@ from hf_robust_ft import (
     pair_flip_transition,
     symmetric_transition,
 )
-from hf_robust_ft.noise_estimate import FILE
+from hf_robust_ft.noise_estimate import FILE, check_estimate
 
 T = pair_flip_transition(3, 0.3)
 
@@ -215,14 +215,33 @@ def test_any_loss_goes_with_it(tmp_path: Path, correction: str) -> None:
     assert "eval_clean_accuracy" in trainer.evaluate()
 
 
-def test_labels_that_say_nothing_are_refused_before_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("correction", ["posterior", "forward"])
+def test_labels_that_say_nothing_are_refused_before_training(tmp_path: Path, correction: str) -> None:
     useless = noisy(transition=symmetric_transition(3, 0.66))
-    trainer = estimating(tmp_path, train_dataset=useless)
+    trainer = estimating(tmp_path, train_dataset=useless, loss_correction=correction)
     before = tiny.weights(trainer.model)
     with pytest.raises(ValueError, match=r"not identifiable.*loss_correction='gce'"):
         trainer.train()
     tiny.assert_equal_weights(tiny.weights(trainer.model), before)
     assert not TransitionEstimate.load(tmp_path / FILE).identifiable
+
+
+def test_posteriors_need_no_inverse(tmp_path: Path) -> None:
+    """Rare classes leave T open to be singular; what most labels are is known all the same."""
+    trainer = estimating(tmp_path)
+    trainer.train()
+    assert trainer.noise_estimate is not None
+    few = replace(trainer.noise_estimate, singular_value_interval=(0.0, 0.3), verdict="It is rough.")
+    assert not few.identifiable
+    assert few.informative
+    check_estimate(few, posteriors=True)
+    with pytest.raises(
+        ValueError, match=r"It is rough.*Train on posteriors of the labels \(loss_correction='posterior'\)"
+    ):
+        check_estimate(few, posteriors=False)
+    none = replace(few, noise_rate_interval=(0.6, 0.7))
+    with pytest.raises(ValueError, match=r"Train without T"):
+        check_estimate(none, posteriors=True)
 
 
 class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_robust_ft import projection
-from hf_robust_ft.projection import Norm, distance, magnitude, project_
+from hf_robust_ft.projection import Norm, distance, magnitude, project_, project_together_
 
 NORMS: tuple[Norm, ...] = ("frobenius", "inf_op")
 
@@ -94,6 +94,34 @@ def test_a_weight_inside_its_ball_is_not_touched(norm: Norm, dtype: torch.dtype)
     weight, reference = pair((8, 9), dtype)
     radius = 1.001 * naive_distance(weight, reference, norm, (0,))
     assert torch.equal(run(weight, reference, radius, norm), weight)
+
+
+@pytest.mark.parametrize("together", [1, 50, 1 << 24])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_together_is_one_by_one(dtype: torch.dtype, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside, inside, on its reference, around it with no radius, and not finite."""
+    monkeypatch.setattr(projection, "TOGETHER", together)
+    shapes = [(7, 5), (6, 3, 2, 2), (1, 9), (4, 4), (3, 3), (5, 2)]
+    pairs = [pair(shape, dtype, seed) for seed, shape in enumerate(shapes)]
+    references = [reference for _, reference in pairs]
+    weights = [weight for weight, _ in pairs]
+    weights[3] = references[3].clone()
+    weights[5][0, 0] = math.nan
+    radii = [
+        factor * naive_distance(w, r, "frobenius", (0,))
+        for factor, (w, r) in zip((0.3, 1.2, 0.999, 1, 0, 1), pairs, strict=True)
+    ]
+    sizes = [magnitude(reference, "frobenius") for reference in references]
+    expected = [run(w, r, radius, "frobenius") for w, r, radius in zip(weights, references, radii, strict=True)]
+    found = [weight.clone() for weight in weights]
+    project_together_(found, references, radii, sizes)
+    for got, one, weight in zip(found, expected, weights, strict=True):
+        torch.testing.assert_close(got, one, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-14, equal_nan=True)
+        assert torch.equal(got, weight) == torch.equal(one, weight)
+    again = [weight.clone() for weight in found]
+    project_together_(again, references, radii, sizes)
+    for got, one in zip(again, found, strict=True):
+        torch.testing.assert_close(got, one, rtol=0, atol=0, equal_nan=True)
 
 
 def test_rows_inside_their_ball_are_not_touched() -> None:

@@ -72,6 +72,13 @@ class TransitionEstimate:
         return self.singular_value_interval[0] > 0
 
     @property
+    def informative(self) -> bool:
+        """Whether a label surely says more of the true class than its frequency does: the share of right labels, at the
+        lower end of its interval, lies above that of the largest class. Enough for posteriors of the labels, which
+        need no inverse of T: where classes are rare T may be singular, and most of it known well."""
+        return bool(1 - self.noise_rate_interval[1] > self.clean_prior.max())
+
+    @property
     def noise_level(self) -> NoiseLevel:
         """Whether there is noise: ``"none"``, ``"perhaps"`` or ``"noise"``; clean labels don't look quite clean."""
         return noise_level(self.noise_rate, self.noise_rate_interval, self.n, len(self.transition))

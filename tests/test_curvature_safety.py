@@ -284,7 +284,6 @@ def test_a_reference_that_is_not_finite_is_refused() -> None:
         ({"directions_at_once": -1}, "directions_at_once is -1"),
         ({"directions_at_once": 0}, "directions_at_once is 0"),
     ],
-    ids=str,
 )
 def test_arguments_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -534,8 +534,9 @@ def test_what_a_killed_run_left_goes_before_it_counts_as_a_checkpoint(tmp_path: 
     half.mkdir()
     (half / UNFINISHED_FILE).touch()
     (half / "model.safetensors").write_bytes(b"half")
-    other = tmp_path / "checkpoint-best"  # not ours
+    other = tmp_path / "old-checkpoint-8"  # not ours
     other.mkdir()
+    (other / UNFINISHED_FILE).touch()
     _trainer(tmp_path, **settings, max_steps=4).train(resume_from_checkpoint=True)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert not half.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torchrun import close, results, run
 
 from hf_robust_ft.curvature.candidates import CANDIDATES, Candidate, Candidates
+from hf_robust_ft.curvature.division import GRAPH_PRODUCTS, divided
 from hf_robust_ft.curvature.sums import Sums
 from hf_robust_ft.processes import Processes
 
@@ -87,7 +89,8 @@ def test_a_training_on_two_processes_is_measured_as_on_one(runs: Path) -> None:
     (alone,) = results(runs, "trainer", 1)
     first, second = results(runs, "trainer", 2)
     assert first == second
-    assert alone["file"]
+    for processes in (1, 2):
+        assert (runs / f"trainer-{processes}" / "hessian_report.json").is_file()
     assert alone["report"]["examples"] == 11
     assert set(alone["risks"]) == {"training", "eval"}
     close(first, alone, "report")
@@ -123,6 +126,26 @@ def test_what_was_measured_before_a_failure_is_kept(runs: Path) -> None:
         assert rank["interrupted"] == [False, 9]
     (alone,) = results(runs, "report", 1)
     close(first["afterwards"], alone["in order"], "report")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_candidates_are_divided_evenly(processes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layers, steps = 26, 4
+    for examples in (1, 3, 12, 60):  # from one that is the worst for all layers, to another one for each
+        pairs = [(i, int(torch.randint(examples, (), generator=generator))) for i in range(layers)]
+        shares = divided(pairs, layers, steps, processes)
+        assert sorted(itertools.chain.from_iterable(shares)) == sorted(pairs)
+        loads = []
+        for share in shares:
+            assert [key for key, _ in itertools.groupby(share, lambda pair: pair[1])] == sorted({n for _, n in share})
+            products = sum((steps + 1) * (layers - i) / layers for i, _ in share)
+            loads.append(products + GRAPH_PRODUCTS * len({n for _, n in share}))
+        assert max(loads) - min(loads) < GRAPH_PRODUCTS + steps + 1
+    assert divided([], layers, steps, processes) == [[] for _ in range(processes)]
+    # An example for each process, and the same work: no graph is made twice.
+    even = [(0, n) for n in range(processes)]
+    assert sorted(divided(even, layers, steps, processes)) == [[pair] for pair in even]
 
 
 # What is put together

@@ -131,6 +131,11 @@ def bounds(work: Work, some: Footprint) -> Cost:
     return _cost(work, some, _ways(work) + _products(work, some), BOUND_PASSES * work.layers)
 
 
+def bound_seconds(work: Work) -> float:
+    """Of the sound bounds of every layer and example."""
+    return BOUND_PASSES * work.layers * work.pass_seconds
+
+
 def lanczos_value(work: Work, one: Footprint, steps: int) -> Cost:
     """``vᵀ H⁺ v`` of one layer and example.
 

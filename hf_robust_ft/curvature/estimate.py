@@ -88,7 +88,8 @@ def measurement_costs(
         # The way that a layer travelled has the shapes of its weights.
         ways = {name: leaf.detach() for name, leaf in zip(engine.weights.names, engine.weights.leaves, strict=True)}
         directions = engine.weights.directions(ways)
-        work, some = work_of(engine, directions, inputs, labels, examples, processes, batch_size)
+        work = work_of(engine, directions, inputs, labels, examples, processes, batch_size)
+        some = chunk_footprint(engine, directions, inputs, labels, work)
     return {
         "layer_quadratic_forms": cost.forms(work, some),
         "sound bounds": cost.bounds(work, some),
@@ -110,8 +111,8 @@ def work_of(
     examples: int,
     processes: int = 1,
     batch_size: int | None = None,
-) -> tuple[Work, Footprint]:
-    """What there is to measure, and what a chunk of it holds. Use it inside :func:`~.model.measuring`.
+) -> Work:
+    """What there is to measure; a batch runs forward to be timed. Use it inside :func:`~.model.measuring`.
 
     Args:
         engine: that will measure it.
@@ -121,10 +122,8 @@ def work_of(
     """
     batch, weights = len(labels), engine.weights
     swept, together, products = engine.at_once(inputs, labels, len(directions))
-    chunk = some_examples(inputs, batch, 0, products)
-    some = footprint(weights, engine.loss, chunk, labels[:products], directions)
     sizes = [[v.numel() for v in direction.values()] for direction in directions]
-    work = Work(
+    return Work(
         layers=len(directions),
         measured=sum(map(sum, sizes)),
         largest=max(map(sum, sizes)),
@@ -140,7 +139,16 @@ def work_of(
         forward=_seconds(engine, inputs, labels.device) / batch,
         forward_alone=_seconds(engine, some_examples(inputs, batch, 0, 1), labels.device),
     )
-    return work, some
+
+
+def chunk_footprint(
+    engine: Engine, directions: Sequence[Direction], inputs: Inputs, labels: Tensor, work: Work
+) -> Footprint:
+    """What a chunk of products holds, which takes a dozen forward passes of it. Arguments as of :func:`work_of`."""
+    size = work.products_at_once
+    return footprint(
+        engine.weights, engine.loss, some_examples(inputs, len(labels), 0, size), labels[:size], directions
+    )
 
 
 @torch.no_grad()

@@ -20,8 +20,9 @@ from . import cost
 from .batches import Batches
 from .candidates import CANDIDATES, Candidate, Candidates
 from .directions import Group, Layers, group_layers, lengths_of, travelled
+from .division import Pair, divided
 from .engine import Engine
-from .estimate import work_of
+from .estimate import chunk_footprint, work_of
 from .forms import LANCZOS_STEPS, check_counts
 from .loss import ExampleLoss, LossFunction
 from .model import Inputs, measuring, some_examples
@@ -212,18 +213,22 @@ class _Run:
         return KeyboardInterrupt(words) if interrupted else OtherProcessFailed(words)
 
     def _predict(self, inputs: Inputs, labels: Tensor, batches: int | None) -> None:
-        examples = len(labels) * (batches or 1) * self._processes.count
-        work, some = work_of(self._engine, self._directions, inputs, labels, examples, self._processes.count)
-        whole, value = cost.measure(work, some, self._steps), cost.lanczos_value(work, some, self._steps).seconds
-        self._estimate = whole.seconds
+        """How long it will take and, if that is logged, what it needs: found out by one process, for all."""
         if self._processes.rank:
             return
+        examples = len(labels) * (batches or 1) * self._processes.count
+        work = work_of(self._engine, self._directions, inputs, labels, examples, self._processes.count)
+        self._estimate = cost.bound_seconds(work)
+        if not logger.isEnabledFor(logging.INFO):
+            return
+        some = chunk_footprint(self._engine, self._directions, inputs, labels, work)
+        value = cost.lanczos_value(work, some, self._steps).seconds
         logger.info(
             "sound bounds of %d layers: about %.0f s for %s; then Lanczos within time_budget: about %.2g s a value, "
             "%.0f s for one value a layer, at most %d times that. Memory: %.3g GB more than the model, its reference "
             "and a batch",
-            work.layers, whole.seconds, f"{batches} batches" if batches else "a batch", value, work.layers * value,
-            CANDIDATES, whole.bytes / 1e9,
+            work.layers, self._estimate, f"{batches} batches" if batches else "a batch", value, work.layers * value,
+            CANDIDATES, cost.measure(work, some, self._steps).bytes / 1e9,
         )  # fmt: skip
 
     def _add(self, inputs: Inputs, labels: Tensor, first: int) -> None:
@@ -265,7 +270,8 @@ class _Run:
         quiet = True if self._processes.rank else None
         with tqdm(desc="Lanczos", unit="value", disable=quiet) as bar:
             while todo := self._next():
-                mine = todo[self._processes.share(len(todo))]
+                shares = divided(list(todo), len(self._groups), self._steps, self._processes.count)
+                mine = [(layer, todo[layer, example]) for layer, example in shares[self._processes.rank]]
                 found: list[tuple[int, int, float, float]] = []
                 problem: BaseException | None = None
                 try:
@@ -282,10 +288,10 @@ class _Run:
                     return problem
         return None
 
-    def _next(self) -> list[tuple[int, Candidate]]:
-        """For each layer that isn't settled its most promising candidate; those of one example side by side."""
+    def _next(self) -> dict[Pair, Candidate]:
+        """For each layer that isn't settled its most promising candidate."""
         best = [(i, found.best()) for i, found in enumerate(self._candidates) if not self._is_settled(i)]
-        return sorted(((i, c) for i, c in best if c is not None), key=lambda pair: pair[1].example)
+        return {(i, candidate.example): candidate for i, candidate in best if candidate is not None}
 
     def _round(
         self, todo: Sequence[tuple[int, Candidate]], end: float, found: list[tuple[int, int, float, float]]

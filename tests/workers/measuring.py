@@ -222,7 +222,6 @@ def trainer(out: Path) -> dict[str, Any]:
         "metrics": {name: value for name, value in metrics.items() if not name.endswith("runtime")},
         "bounds": bounds,
         "risks": risks,
-        "file": (folder / "hessian_report.json").is_file(),
     }
 
 

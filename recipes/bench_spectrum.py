@@ -10,8 +10,9 @@ the rounds don't have. ``--feed_forward`` is a chain of linear layers and tanh o
 and eigenvalue are known exactly, and that BackPACK has rules for.
 
 Traces of single layers take other libraries one run a layer: some layers a round (``--sample``), scaled up to all.
-Peak memory is measured after the rounds, beyond what the process holds before a method starts. A library that is not
-installed is left out; ``curvature_baselines.py`` says how to install them.
+On a CPU, time is that of the process, one thread, as other programs may run. Peak memory is measured after the rounds,
+beyond what the process holds before a method starts. A library that is not installed is left out;
+``curvature_baselines.py`` says how to install them.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.metadata
+import itertools
 import json
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_curvature import CLASSES, machine, make_inputs, make_model, peak_memory, spread, timed
+from bench_curvature import CLASSES, machine, make_inputs, make_model, peak_memory, spread, wait
 from curvature_baselines import Inputs
 from spectrum_baselines import EIGENVALUES, TRACES, backpack_trace
 from torch import Tensor, nn
@@ -103,7 +106,11 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.allow_tf32 = False
-    work = make_work(options)
+    # Libraries and kernels load with the chain, whatever is measured.
+    chain = make_work(options, feed_forward=True)
+    for method in make_methods(chain)[0]:
+        method.measure(0, layers_of(chain, method, 0)[:1])
+    work = make_work(options, options.feed_forward)
     methods, left_out = make_methods(work)
     # With a chain all is known exactly; with others an eigenvalue to a residual that the rounds don't ask for.
     references = dense(work) if options.feed_forward else {EIGENVALUE: eigenvalue(work, REFERENCE_TOLERANCE)}
@@ -137,13 +144,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_work(options: argparse.Namespace) -> Work:
+def make_work(options: argparse.Namespace, feed_forward: bool) -> Work:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     labels = torch.arange(options.examples, device=device) % CLASSES
-    if options.feed_forward:
+    if feed_forward:
         sizes, parts = (64, 24, 20, CLASSES), []
-        for into, out in zip(sizes[:-1], sizes[1:], strict=True):
+        for into, out in itertools.pairwise(sizes):
             parts += [nn.Linear(into, out), nn.Tanh()]
         chain = nn.Sequential(*parts[:-1]).to(device, torch.float64).eval()
         inputs = torch.randn(options.examples, sizes[0], dtype=torch.float64, device=device)
@@ -235,20 +242,28 @@ def dense(work: Work) -> dict[str, Tensor]:
 
 def run(work: Work, methods: list[Method]) -> list[float]:
     """Fill in the methods' times and values; returns the times of forward passes."""
-    for method in tqdm(methods, desc="warming up", leave=False):
-        method.measure(0, layers_of(work, method, 0)[:1])
-    forwards = []
+    forwards: list[float] = []
     with tqdm(total=work.options.rounds * len(methods), desc="rounds") as bar:
         for number in range(work.options.rounds):
             for method in methods:
                 bar.set_postfix_str(f"{method.task}, {method.name}")
-                forwards += [timed(work.forward)[0] for _ in range(3)]
+                forwards += [timed(work.forward) for _ in range(3)]
                 layers = layers_of(work, method, number)
-                seconds, values = timed(partial(method.measure, number + 1, layers))
-                method.times.append(seconds)
-                method.found.append(dict(zip(layers or [0], values.tolist(), strict=True)))
+                found: list[float] = []
+                method.times.append(timed(lambda: found.extend(method.measure(number + 1, layers).tolist())))  # noqa: B023
+                method.found.append(dict(zip(layers or [0], found, strict=True)))
                 bar.update()
     return forwards
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds; on a CPU those of this process, so that what else the machine does counts little."""
+    wait()
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    started = clock()
+    function()
+    wait()
+    return clock() - started
 
 
 def layers_of(work: Work, method: Method, number: int) -> list[int]:
@@ -340,8 +355,9 @@ def compared(method: Method, ours: Method, exact: Tensor | None) -> dict[str, An
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['model']}: {result['weights']:,} weights in {result['layers']} layers, {result['examples']} examples, "
-        f"{result['probes']} probes, {result['machine']}; medians of {result['rounds']} rounds",
+        f"{result['model']}: {result['weights']:,} weights in {result['layers']} layers, "
+        f"{result['examples']} examples, {result['probes']} probes, {result['machine']}; "
+        f"medians of {result['rounds']} rounds",
         f"forward pass: {result['forward pass']:.4f} s",
         f"{'':40} {'seconds':>9} {'passes':>8} {'/ ours':>7} {'peak MB':>8}  off by",
     ]

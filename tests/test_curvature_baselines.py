@@ -45,7 +45,9 @@ def test_the_loop_is_the_dense_block_of_each_example(recipes: Any) -> None:
     ways = directions()
     found = recipes["example_loop"](dense.smooth(), dense.X, dense.Y, ways)
     blocks = oracle.dense_hessians(dense.smooth(), {"input": dense.X}, dense.Y, dense.PLAIN, [[n] for n in ways])
-    expected = [torch.einsum("p,npq,q->n", v.flatten(), h, v.flatten()) for v, h in zip(ways.values(), blocks)]
+    expected = [
+        torch.einsum("p,npq,q->n", v.flatten(), h, v.flatten()) for v, h in zip(ways.values(), blocks, strict=True)
+    ]
     torch.testing.assert_close(found, torch.stack(expected, 1), rtol=1e-10, atol=1e-12)
 
 

@@ -137,6 +137,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--probes", type=int, default=10)
     parser.add_argument("--tolerance", type=float, default=1e-3, help="relative residual of an eigenvalue")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--libraries", nargs="*", choices=list(PACKAGES), default=list(PACKAGES))
     parser.add_argument("--sample", type=int, default=6, help="layers that the others run each round; 0 for all")
     parser.add_argument("--no_memory", dest="memory", action="store_false")
     parser.add_argument("--threads", type=int, default=1)
@@ -167,6 +168,9 @@ def make_methods(work: Work) -> tuple[list[Method], dict[str, str]]:
     """The methods, and why others are left out."""
     options, left_out, methods = work.options, {}, []
     for name, package in PACKAGES.items():
+        if name not in options.libraries:
+            left_out[name] = "not asked for"
+            continue
         try:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -293,6 +297,7 @@ def summary(
     references: dict[str, Tensor],
 ) -> dict[str, Any]:
     forward, options = statistics.median(forwards), work.options
+    used = {method.name for method in methods}
     own = {method.task: method for method in methods if method.name == OURS}
     rows = []
     for method in methods:
@@ -324,9 +329,7 @@ def summary(
         "rounds": options.rounds,
         "machine": machine(work.labels.device),
         "torch": torch.__version__,
-        "versions": {
-            n: importlib.metadata.version(p) for n, p in PACKAGES.items() if left_out.get(n) != "not installed"
-        },
+        "versions": {name: importlib.metadata.version(PACKAGES[name]) for name in PACKAGES if name in used},
         "forward pass": forward,
         "exact": {task: value.tolist() for task, value in references.items()},
         "methods": rows,

@@ -48,7 +48,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model, batches, reference, loss = fine_tuned(options)
-    values, seconds = measured(model, batches, reference, options)
+    values, seconds, settled = measured(model, batches, reference, options)
     result = {
         "model": Path(options.model_name_or_path).name,
         "training loss of the last epoch": loss,
@@ -60,6 +60,7 @@ def main() -> None:
         "torch": torch.__version__,
         "median seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "seconds of each run": seconds,
+        "layers of which the largest vᵀH⁺v is known": settled,
         "steps": steps(values),
         "values": {name: found.tolist() for name, found in values.items()},
     }
@@ -120,8 +121,11 @@ def fine_tuned(options: argparse.Namespace) -> tuple[Any, list[Batch], dict[str,
 
 def measured(
     model: Any, batches: Sequence[Batch], reference: dict[str, Tensor], options: argparse.Namespace
-) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
-    """For each way the value of each layer, and the seconds of each run over all examples."""
+) -> tuple[dict[str, Tensor], dict[str, list[float]], float]:
+    """For each way the value of each layer, and the seconds of each run over all examples; the share that is settled.
+
+    Where a layer is not settled, its vᵀH⁺v is the largest that was found.
+    """
     names = layer_quadratic_forms(model, batches[0], reference).layers
     ways = {name: model.get_parameter(name).detach() - reference[name] for name in names}
     pairs = [({"pixel_values": batch["pixel_values"]}, batch["labels"]) for batch in batches]
@@ -143,13 +147,17 @@ def measured(
     layers = reports[-1].layers
     # Where Lanczos looked at no example of a layer, vᵀHv is the lower bound that is left.
     positive = [max(p.maximum if (p := one.positive) else 0.0, one.hessian.maximum) for one in layers]
-    return {
-        AUTHORS: joint[0].amax(0),
-        BLOCKS: torch.stack([batch.mean(0) for batch in forms[0]]).amax(0),
-        EXAMPLES: torch.cat(forms[0]).amax(0),
-        POSITIVE: torch.tensor(positive, dtype=torch.float64),
-        BOUND: torch.tensor([one.upper.maximum for one in layers], dtype=torch.float64),
-    }, seconds
+    return (
+        {
+            AUTHORS: joint[0].amax(0),
+            BLOCKS: torch.stack([batch.mean(0) for batch in forms[0]]).amax(0),
+            EXAMPLES: torch.cat(forms[0]).amax(0),
+            POSITIVE: torch.tensor(positive, dtype=torch.float64),
+            BOUND: torch.tensor([one.upper.maximum for one in layers], dtype=torch.float64),
+        },
+        seconds,
+        reports[-1].settled,
+    )
 
 
 def steps(values: dict[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -175,6 +183,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     for name, row in result["steps"].items():
         lines.append(f"{name:52} " + " ".join(f"{value:8.3g}" for value in row.values()))
+    lines.append(f"largest vᵀH⁺v known of {result['layers of which the largest vᵀH⁺v is known']:.0%} of the layers")
     lines.append(f"{'':70} {'seconds':>8} {'/ theirs':>8}")
     theirs = result["median seconds"][AUTHORS]
     for name, seconds in result["median seconds"].items():

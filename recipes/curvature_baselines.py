@@ -1,8 +1,9 @@
 """Other ways to the numbers of ``hf_robust_ft.layer_quadratic_forms``, for comparison: slow, simple, independent.
 
-Each function returns vᵀHv for every example and every layer, with H the Hessian of that one example's cross
-entropy in that one layer's weight and v the direction given for the layer. They share no code with the package.
-The measurement is in eval mode; the model is left as it was found.
+Each function but one returns vᵀHv for every example and every layer, with H the Hessian of that one example's cross
+entropy in that one layer's weight and v the direction given for the layer. The one, ``joint_batch_forms``, returns
+what the authors of the Hessian distance measure compute instead. They share no code with the package. The measurement
+is in eval mode; the model is left as it was found.
 
 PyHessian and curvlinops are needed for their own functions only; ``INSTALL`` says how to install them.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # `pip install curvlinops-for-pytorch` alone brings torchvision along, and with it may replace torch.
 INSTALL = """\
-    pip install numpy scipy tqdm einops einconv opt-einsum linear_operator
-    pip install --no-deps pyhessian curvlinops-for-pytorch"""
+    pip install numpy scipy tqdm einops einconv opt-einsum linear_operator unfoldNd
+    pip install --no-deps pyhessian curvlinops-for-pytorch hessian-eigenthings backpack-for-pytorch"""
 
 Inputs = Tensor | Mapping[str, Tensor]
 
@@ -51,7 +52,7 @@ def example_loop(
     """
     names, examples = _asked(labels, directions, layers, examples)
     values = _empty(labels, examples, names)
-    with _measuring(model, names) as (logits, weights):
+    with measuring(model, names) as (logits, weights):
         for n, (x, y) in enumerate(_singles(inputs, labels, examples)):
             loss = nn.functional.cross_entropy(logits(x), y)
             gradients = torch.autograd.grad(loss, weights, create_graph=True)
@@ -60,6 +61,34 @@ def example_loop(
                 (product,) = torch.autograd.grad((gradients[i] * v).sum(), weights[i], retain_graph=True)
                 values[n, i] = (product * v).sum()
     return values
+
+
+def joint_batch_forms(
+    model: nn.Module, batches: Iterable[tuple[Inputs, Tensor]], directions: Mapping[str, Tensor]
+) -> Tensor:
+    """The Hessian distance measure as the script of its authors takes it: one Hessian-vector product a batch.
+
+    Written from the description of that script of Ju, Li & Zhang (ICML 2022), not from its text. With L the *mean*
+    loss of a batch and v the way of *all* layers together, ``v_i · (∇²L v)_i = Σ_j v_iᵀ H_ij v_j``; the measure of
+    layer i is the largest of these over the batches. The theorem asks for something else: one example at a time,
+    ``v_iᵀ H_ii v_i`` alone, and of H_ii the positive part.
+
+    Args:
+        model: as for ``example_loop``.
+        batches: inputs and labels.
+        directions: the direction v of each layer, by the name of its weight.
+
+    Returns:
+        float64 ``[batches, layers]``, on the CPU.
+    """
+    rows = []
+    with measuring(model, list(directions)) as (logits, weights):
+        for inputs, labels in batches:
+            loss = nn.functional.cross_entropy(logits(inputs), labels)
+            gradients = torch.autograd.grad(loss, weights, create_graph=True)
+            products = torch.autograd.grad(gradients, weights, grad_outputs=list(directions.values()))
+            rows.append([(p * v).sum().item() for p, v in zip(products, directions.values(), strict=True)])
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def pyhessian_blocks(
@@ -83,11 +112,11 @@ def pyhessian_blocks(
     Returns:
         float64 ``[examples, layers]``, as ``example_loop``.
     """
-    pyhessian = _package("pyhessian")
+    pyhessian = package("pyhessian")
     names, examples = _asked(labels, directions, layers, examples)
     values = _empty(labels, examples, names)
     criterion = nn.CrossEntropyLoss()
-    with _measuring(model, names) as (logits, weights), warnings.catch_warnings():
+    with measuring(model, names) as (logits, weights), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using backward.* with create_graph=True")
         for n, (x, y) in enumerate(_singles(inputs, labels, examples)):
             # `cuda=False`, on any device: PyHessian need not move the data.
@@ -131,11 +160,11 @@ def curvlinops_blocks(
     Returns:
         float64 ``[examples, layers]``, as ``example_loop``.
     """
-    curvlinops = _package("curvlinops")
+    curvlinops = package("curvlinops")
     names, examples = _asked(labels, directions, layers, examples)
     values = _empty(labels, examples, names)
     vectors = [directions[name] for name in names]
-    with _measuring(model, names) as (logits, weights):
+    with measuring(model, names) as (logits, weights):
         for n, (x, y) in enumerate(_singles(inputs, labels, examples)):
             operator = curvlinops.HessianLinearOperator(
                 logits,
@@ -152,8 +181,8 @@ def curvlinops_blocks(
     return values
 
 
-class _Logits(nn.Module):
-    """The model as PyHessian and curvlinops call one: a single argument in, logits out."""
+class Logits(nn.Module):
+    """The model as these libraries call one: a single argument in, logits out."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -165,7 +194,7 @@ class _Logits(nn.Module):
 
 
 @contextmanager
-def _measuring(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[_Logits, list[nn.Parameter]]]:
+def measuring(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[Logits, list[nn.Parameter]]]:
     """Eval mode, gradients in the named weights only, attention that can be differentiated twice; then as before."""
     training = {module: module.training for module in model.modules()}
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
@@ -175,7 +204,7 @@ def _measuring(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[_Logits
         for weight in weights:
             weight.requires_grad_(True)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            yield _Logits(model).eval(), weights
+            yield Logits(model).eval(), weights
     finally:
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
@@ -204,7 +233,12 @@ def _singles(inputs: Inputs, labels: Tensor, examples: Sequence[int]) -> Iterato
             yield inputs[n : n + 1], labels[n : n + 1]
 
 
-def _package(name: str) -> Any:
+def package(name: str) -> Any:
+    """A library that is needed for its own baseline only.
+
+    Raises:
+        ImportError: it is not there; the message says how to install it.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -340,6 +340,34 @@ def test_other_examples_in_another_pass() -> None:
                 changing.products(zeros)
 
 
+class Counted(list[Any]):
+    """Batches, how often they were read, and a length that may be wrong."""
+
+    read = 0
+    length = 1
+
+    def __iter__(self) -> Iterator[Any]:
+        self.read += 1
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        return self.length
+
+
+@pytest.mark.parametrize(("size", "length", "read"), [(7, 1, 1), (4, 2, 3), (4, 1, 3)])
+def test_an_only_batch_is_read_once(size: int, length: int, read: int) -> None:
+    model, loader = smooth(), Counted(batches(size))
+    loader.length = length
+    (hessian,) = mean_hessian(model, [LAYERS])
+    vectors = torch.randn(3, len(hessian), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with trace.measuring(model):
+        groups = trace.group_layers(model, {"model": "*"})[0]
+        loss = mean.MeanLoss(model, groups, loader, trace.ExampleLoss(None, model), "test")
+        found = torch.cat([loss.products(v.unsqueeze(0)) for v in vectors])
+    torch.testing.assert_close(found, vectors @ hessian, rtol=1e-10, atol=1e-12)
+    assert (loss.passes, loader.read) == (3, read)
+
+
 def test_the_mean_loss_comes_along() -> None:
     model = smooth()
     with trace.measuring(model):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -48,13 +49,14 @@ class MeanLoss:
         self.examples = 0
         """N; 0 before the first pass."""
         self.passes = 0
-        """Over the dataloader, so far."""
+        """Over the dataloader, so far; or over what was kept of its only batch."""
         self._model = model
         self._dataloader = dataloader
         self._loss = loss
         self._task = task
         self._processes = processes or Processes(together=False)
         self._value = 0.0
+        self._only: Bend | None = None  # of a dataloader of one batch, after the first pass
 
     @property
     def size(self) -> int:
@@ -102,12 +104,27 @@ class MeanLoss:
     def each_bend(self, use: Callable[[Bend], None], totals: Tensor) -> float:
         """One pass; ``use`` gets for each batch the function V → ``Σ_n ∇²ℓ_n V``. Returns the mean loss.
 
-        One backward pass with a graph a batch, and one more backward pass each time that the function is called.
+        One backward pass with a graph a batch, and one more backward pass each time that the function is called. A
+        list or DataLoader of one batch is read in the first pass only, and its graph kept: the weights must stay.
         """
+        if self._only is not None:
+            use(self._only)
+            self.passes += 1
+            return self._value
+        # Several processes read every batch each time, to know that they measure the same. An iterator of one batch
+        # would go where one of two is used up.
+        sized = isinstance(self._dataloader, Sized)
+        keep = sized and length_hint(self._dataloader) == 1 and self._processes.count == 1
+        batches = 0
 
         def measure(inputs: Inputs, labels: Tensor, first: int) -> Tensor:
+            nonlocal batches
+            batches += 1
             losses = self.losses(inputs, labels, first)
-            use(bend_of(losses.sum(), self.weights.leaves))
+            bend = bend_of(losses.sum(), self.weights.leaves)
+            use(bend)
+            # A length may be wrong: some DataLoaders of iterable data sets give more.
+            self._only = bend if keep and batches == 1 else None
             return losses
 
         return self.each_batch(measure, totals)

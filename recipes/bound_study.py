@@ -12,8 +12,8 @@ The gap is the mean cross entropy on test examples minus that on all training ex
 with ``--noise_rate`` those of the test examples are replaced at the same rate as those of the training examples.
 ``error_gap`` is the same for the share of wrong predictions.
 
-A PAC-Bayes *certificate* is left out: it takes parameters of linear layers and layer norms only, and here the embeddings
-are trained, too. Its place takes a measure of the same kind (:func:`pac_bayes_measure`).
+A PAC-Bayes *certificate* is left out: it takes parameters of linear layers and layer norms only, and here the
+embeddings are trained, too. Its place takes a measure of the same kind (:func:`pac_bayes_measure`).
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", default=str(HERE / "glyph_vit"), help="a pretrained image model")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[250, 500, 1000], help="training examples, up to 1,000")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="examples, noise, head and batches")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of examples, head and batches")
     parser.add_argument("--noise_rate", type=float, default=0.0, help="share of all labels to replace")
     parser.add_argument("--epochs", type=float, default=10)
     parser.add_argument("--measured", type=int, default=100, help="training examples whose curvature is measured")
@@ -161,7 +161,8 @@ def share_out(workers: int) -> None:
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     command = [sys.executable, __file__, *sys.argv[1:], "--workers", "1", "--part"]
     started = [subprocess.Popen([*command, f"{i}/{workers}"], env=environment) for i in range(workers)]
-    if any([process.wait() for process in started]):
+    codes = [process.wait() for process in started]
+    if any(codes):
         raise SystemExit("a worker failed; the same command does what is missing")
 
 
@@ -303,9 +304,7 @@ def hessian_measures(report: HessianReport, n: int) -> dict[str, float]:
     }
 
 
-def distance_only(
-    report: HessianReport, n: int, model: nn.Module, reference: Mapping[str, Tensor]
-) -> dict[str, float]:
+def distance_only(report: HessianReport, n: int, model: nn.Module, reference: Mapping[str, Tensor]) -> dict[str, float]:
     """The five measures of ``hf_robust_ft.distance_measures``, and the sum of the layers' distances over ``√n``.
 
     Products of norms as log10. Margins are left out: a run that learned wrong labels has none.
@@ -329,10 +328,9 @@ def pac_bayes_measure(
 ) -> dict[str, float]:
     """``√((KL + log(2 √n S / δ)) / 2n)`` with ``KL = ‖W - W0‖² / 2σ²``, over all trained parameters.
 
-    σ is the largest of S = 33 scales, fixed in advance, at which Gaussian noise on all parameters adds at most 0.1 to the
-    mean loss of the measured examples, as in Jiang et al. 2020 (PAC-Bayes, from the initial weights). With any one σ for
-    all runs it would order runs of one n as the distance does. Not a certificate: the loss under noise is
-    estimated from a few draws.
+    σ is the largest of S = 33 scales, fixed in advance, at which Gaussian noise on all parameters adds at most 0.1 to
+    the mean loss of the measured examples, as in Jiang et al. 2020. With one σ for all runs it would order those of one
+    n as the distance does. Not a certificate: the loss under noise is estimated from a few draws.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kept = {name: p.clone() for name, p in trained.items()}
@@ -359,8 +357,8 @@ def pac_bayes_measure(
         for name, parameter in trained.items():
             parameter.copy_(kept[name])
     scale = SCALES[max(0, index - 1)]
-    way = math.fsum((p.double() - reference[name].to(device).double()).square().sum().item() for name, p in kept.items())
-    kl = way / (2 * scale**2)
+    squares = [(p - reference[name].to(device)).double().square().sum().item() for name, p in kept.items()]
+    kl = math.fsum(squares) / (2 * scale**2)
     return {"pac_bayes": math.sqrt((kl + math.log(2 * math.sqrt(n) * len(SCALES) / DELTA)) / (2 * n)), "sigma": scale}
 
 

@@ -4,10 +4,10 @@
 
 prints three tables in Markdown and draws a picture beside the input.
 
-Kendall's tau-b says how much likelier a larger measure goes with a larger gap than with a smaller one (1: always, 0: as
-often as not). Over all runs, ``1/√n`` alone makes it high, so the figure that counts is the mean of those within each n. Two
-95 % intervals, by the percentiles of a bootstrap: *seeds*, with the ways as they are, and *ways*, as if these were drawn
-from many ways to fine-tune. Few of either were run, so both are too narrow.
+Kendall's tau-b says how much likelier a larger measure goes with a larger gap than with a smaller one (1: always, 0:
+as often as not). Over all runs, ``1/√n`` alone makes it high, so the figure that counts is the mean of those within
+each n. Two 95 % intervals, by the percentiles of a bootstrap: *seeds*, with the ways as they are, and *ways*, as if
+these were drawn from many ways to fine-tune. Few of either were run, so both are too narrow.
 """
 
 from __future__ import annotations
@@ -115,7 +115,10 @@ def resamples(runs: Sequence[Record], by: str, draws: int, seed: int = 0) -> Ite
 
 def interval(samples: Array) -> tuple[float, float]:
     """The middle 95 %; samples in which there was nothing to compare are left out."""
-    low, high = np.nanpercentile(samples, [2.5, 97.5])
+    known = samples[np.isfinite(samples)]
+    if not len(known):
+        return math.nan, math.nan
+    low, high = np.percentile(known, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -178,7 +181,7 @@ def ratio_table(runs: Sequence[Record]) -> str:
 
 
 def ratios(runs: Sequence[Record], name: str, way: str) -> list[float]:
-    """``plain / way`` for each seed: the geometric mean over sizes. A seed with a pair that is not positive has none."""
+    """``plain / way`` for each seed: the geometric mean over sizes. A value not above 0 leaves its seed out."""
     found = {(run["seed"], run["n"], run["way"]): run[name] for run in runs}
     by_seed: dict[int, list[float]] = {}
     for (seed, n, other), value in found.items():

@@ -25,11 +25,15 @@ import numpy as np
 import numpy.typing as npt
 from comparison import COLOURS
 from matplotlib import pyplot
+from matplotlib.axis import Axis
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.stats import kendalltau
 
 Record = dict[str, Any]
 """One run."""
 Array = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.int64]
 
 OUTPUT = Path("outputs/bound_study.jsonl")
 AGAINST = "hessian_lanczos"
@@ -63,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     runs = read_runs(args.input)
     print(f"{len(runs)} runs\n\n{correlation_table(runs, args.gap, args.draws)}")
-    print(f"\n{way_table(runs)}\n\n{ratio_table(runs)}")
+    print(f"\n{scale(runs, args.gap)}\n\n{way_table(runs)}\n\n{ratio_table(runs)}")
     plot(runs, args.gap, args.input.with_suffix(".png"))
 
 
@@ -79,8 +83,10 @@ def read_runs(path: Path) -> list[Record]:
 
 
 def columns(runs: Sequence[Record], gap: str) -> tuple[Array, Array, Array]:
-    """Measures [runs, measures], gaps [runs] and sizes [runs]."""
-    values = [[run[name] for name in MEASURES] for run in runs]
+    """Measures [runs, measures], gaps [runs] and sizes [runs]. All measures have their ``1/√n``."""
+    values = [
+        [run[name] / (math.sqrt(run["n"]) if name.startswith("roots_") else 1) for name in MEASURES] for run in runs
+    ]
     return np.array(values, float), np.array([run[gap] for run in runs], float), np.array([run["n"] for run in runs])
 
 
@@ -90,7 +96,7 @@ def taus(values: Array, gaps: Array, sizes: Array) -> tuple[Array, Array]:
     A size in which a column or the gap does not vary has none, and counts not.
     """
 
-    def of(rows: Array) -> list[float]:
+    def of(rows: Rows) -> list[float]:
         return [
             float(kendalltau(column, gaps[rows], method="asymptotic").statistic)
             if len(rows) > 1 and np.ptp(column) > 0 and np.ptp(gaps[rows]) > 0
@@ -104,7 +110,7 @@ def taus(values: Array, gaps: Array, sizes: Array) -> tuple[Array, Array]:
     return np.array(of(np.arange(len(gaps)))), mean
 
 
-def resamples(runs: Sequence[Record], by: str, draws: int, seed: int = 0) -> Iterable[npt.NDArray[np.int64]]:
+def resamples(runs: Sequence[Record], by: str, draws: int, seed: int = 0) -> Iterable[Rows]:
     """Row numbers of bootstrap samples: values of ``by``, such as seeds, are drawn with all of their runs."""
     generator = np.random.default_rng(seed)
     keys = [run[by] for run in runs]
@@ -146,6 +152,17 @@ def correlation_table(runs: Sequence[Record], gap: str, draws: int) -> str:
             cells += [_between(samples[by][:, reference] - samples[by][:, i]) for by in samples]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def scale(runs: Sequence[Record], gap: str) -> str:
+    """How many times larger than the gap the measure of the paper is, in words."""
+    times = sorted(run[AGAINST] / run[gap] for run in runs if run[gap] > 0)
+    if not times:
+        return "No run has a gap above 0"
+    return (
+        f"{MEASURES[AGAINST]}, over the gap: {statistics.median(times):.2g} (median of {len(times)} runs with a gap "
+        f"above 0), from {times[0]:.2g} to {times[-1]:.2g}"
+    )
 
 
 def way_table(runs: Sequence[Record]) -> str:
@@ -217,19 +234,28 @@ def plot(runs: Sequence[Record], gap: str, path: Path) -> None:
         logarithm = name in LOGARITHMS
         axes.set(xlabel=f"log10 of {MEASURES[name]}" if logarithm else MEASURES[name])
         if not logarithm:
-            axes.set_xscale("log")
+            _logarithmic(axes.xaxis)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set(ylabel=gap.replace("_", " ").replace("gap", "generalization gap"), yscale="log")
-    dot = pyplot.Line2D
-    handles = [dot([], [], color=c, marker="o", linestyle="", label=w) for w, c in zip(ways, COLOURS, strict=False)]
+    panels[0].set(ylabel=gap.replace("_", " ").replace("gap", "generalization gap"))
+    if min(run[gap] for run in runs) > 0:
+        _logarithmic(panels[0].yaxis)
+    handles = [Line2D([], [], color=c, marker="o", linestyle="", label=w) for w, c in zip(ways, COLOURS, strict=False)]
     handles += [
-        dot([], [], color="#555555", marker=m, linestyle="", label=f"n = {n}")
+        Line2D([], [], color="#555555", marker=m, linestyle="", label=f"n = {n}")
         for n, m in zip(sizes, MARKERS, strict=False)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     print(f"\nWritten: {path}")
+
+
+def _logarithmic(axis: Axis) -> None:
+    """Few and plain ticks, also where the values span less than a decade."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _between(samples: Array) -> str:

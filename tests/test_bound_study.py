@@ -274,6 +274,13 @@ def test_ratios_are_of_runs_on_the_same_examples(tables: Any) -> None:
     assert tables.ratios(runs, "gap", "nso") == pytest.approx([4.0, 3.0])
 
 
+def test_the_scale_of_the_measure_is_that_of_runs_with_a_gap(tables: Any) -> None:
+    runs = [run("plain", 250, seed, hessian_lanczos=2.0, gap=gap) for seed, gap in enumerate((1.0, 4.0, 0.5, -1.0))]
+    said = tables.scale(runs, "gap")
+    assert said.endswith("over the gap: 2 (median of 3 runs with a gap above 0), from 0.5 to 4")
+    assert tables.scale(runs[3:], "gap") == "No run has a gap above 0"
+
+
 def test_means_and_errors_in_words(tables: Any) -> None:
     assert tables.mean_and_error([1.0, 2.0, 3.0]) == "2.00 ± 0.58"
     assert tables.mean_and_error([0.01234]) == "0.0123"

@@ -6,8 +6,8 @@ prints three tables in Markdown and draws a picture beside the input.
 
 Kendall's tau-b says how much likelier a larger measure goes with a larger gap than with a smaller one (1: always, 0:
 as often as not). Over all runs, ``1/√n`` alone makes it high, so the figure that counts is the mean of those within
-each n. Two 95 % intervals, by the percentiles of a bootstrap: *seeds*, with the ways as they are, and *ways*, as if
-these were drawn from many ways to fine-tune. Few of either were run, so both are too narrow.
+each n. Two 95 % intervals, by the percentiles of a bootstrap: *runs*, as if each run were a draw of its own, and *ways*,
+as if the ways were drawn from many ways to fine-tune, each with all of its runs. Seven ways are few for the second.
 """
 
 from __future__ import annotations
@@ -110,10 +110,9 @@ def taus(values: Array, gaps: Array, sizes: Array) -> tuple[Array, Array]:
     return np.array(of(np.arange(len(gaps)))), mean
 
 
-def resamples(runs: Sequence[Record], by: str, draws: int, seed: int = 0) -> Iterable[Rows]:
-    """Row numbers of bootstrap samples: values of ``by``, such as seeds, are drawn with all of their runs."""
+def resamples(keys: Sequence[Any], draws: int, seed: int = 0) -> Iterable[Rows]:
+    """Row numbers of bootstrap samples, of runs with these keys: a key is drawn with all of its runs."""
     generator = np.random.default_rng(seed)
-    keys = [run[by] for run in runs]
     groups = [np.flatnonzero([key == one for key in keys]) for one in dict.fromkeys(keys)]
     for _ in range(draws):
         yield np.concatenate([groups[i] for i in generator.integers(len(groups), size=len(groups))])
@@ -132,24 +131,24 @@ def correlation_table(runs: Sequence[Record], gap: str, draws: int) -> str:
     """Markdown: one row a measure, tau over all runs and within a size, and how far Hessian distance is ahead."""
     values, gaps, sizes = columns(runs, gap)
     everything, within = taus(values, gaps, sizes)
-    samples = {
-        by: np.array([taus(values[rows], gaps[rows], sizes[rows])[1] for rows in resamples(runs, by, draws)])
-        for by in ("seed", "way")
-    }
+    samples = [
+        np.array([taus(values[rows], gaps[rows], sizes[rows])[1] for rows in resamples(keys, draws)])
+        for keys in (range(len(runs)), [run["way"] for run in runs])
+    ]
     reference = list(MEASURES).index(AGAINST)
     lines = [
-        f"| measure | τ with the {gap.replace('_', ' ')}, all runs | within n | interval: seeds | ways "
-        f"| {MEASURES[AGAINST]}, ahead by | interval: seeds | ways |",
+        f"| measure | τ with the {gap.replace('_', ' ')}, all runs | within n | interval: runs | ways "
+        f"| {MEASURES[AGAINST]}, ahead by | interval: runs | ways |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for i, title in enumerate(MEASURES.values()):
         cells = [title, f"{everything[i]:.2f}", f"{within[i]:.2f}"]
-        cells += [_between(samples[by][:, i]) for by in samples]
+        cells += [_between(sample[:, i]) for sample in samples]
         if i == reference:
             cells += [""] * 3
         else:
             cells.append(f"{within[reference] - within[i]:.2f}")
-            cells += [_between(samples[by][:, reference] - samples[by][:, i]) for by in samples]
+            cells += [_between(sample[:, reference] - sample[:, i]) for sample in samples]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -6,8 +6,8 @@ prints three tables in Markdown and draws a picture beside the input.
 
 Kendall's tau-b says how much likelier a larger measure goes with a larger gap than with a smaller one (1: always, 0:
 as often as not). Over all runs, ``1/√n`` alone makes it high, so the figure that counts is the mean of those within
-each n. Two 95 % intervals, by the percentiles of a bootstrap: *runs*, as if each run were a draw of its own, and *ways*,
-as if the ways were drawn from many ways to fine-tune, each with all of its runs. Seven ways are few for the second.
+each n. Two 95 % intervals, by the percentiles of a bootstrap: *runs*, as if each run were a draw of its own, and
+*ways*, as if the ways were drawn from many ways to fine-tune, each with all of its runs. Seven ways are few for that.
 """
 
 from __future__ import annotations

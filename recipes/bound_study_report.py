@@ -98,7 +98,7 @@ def taus(values: Array, gaps: Array, sizes: Array) -> tuple[Array, Array]:
 
     def of(rows: Rows) -> list[float]:
         return [
-            float(kendalltau(column, gaps[rows], method="asymptotic").statistic)
+            float(kendalltau(column, gaps[rows]).statistic)
             if len(rows) > 1 and np.ptp(column) > 0 and np.ptp(gaps[rows]) > 0
             else math.nan
             for column in values[rows].T

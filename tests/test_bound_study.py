@@ -233,6 +233,11 @@ def test_taus_over_all_runs_and_within_sizes(tables: Any) -> None:
     assert np.isnan([everything[2], within[2]]).all()
 
 
+def test_two_runs_of_a_size_are_enough_and_one_is_not(tables: Any) -> None:
+    values, gaps, sizes = np.array([[1.0], [2.0], [9.0]]), np.array([2.0, 1.0, 5.0]), np.array([250, 250, 500])
+    assert tables.taus(values, gaps, sizes)[1].tolist() == [-1.0]
+
+
 def test_size_alone_orders_all_runs_and_none_within_a_size(tables: Any) -> None:
     sizes = np.repeat([1, 2, 3], 40)
     generator = np.random.default_rng(0)

@@ -228,7 +228,7 @@ class Diagnosis:
             + (f" ({self.explained:.0%} of them)" if self.explained < 1 else "")
             + f"; class-conditional test p = {found.class_conditional_p_value:.2g}, "
             f"effect {found.class_conditional_effect:.2f}",
-            f"Correction  {'possible' if self.identifiable else 'not by an inverse: T may be singular'} (condition number "
+            f"Correction  {'possible' if self.identifiable else 'no inverse: T may be singular'} (condition number "
             f"{found.condition_number:.3g}, {found.effective_counts.min():.0f} sure examples of the rarest class)",
         ]
         if few:

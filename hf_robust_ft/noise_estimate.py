@@ -97,9 +97,8 @@ def study_labels(
             they are the labels themselves.
 
     Raises:
-        ValueError: the labels do not identify T, or for posteriors say nothing (the estimate is written all the same), or
-            don't suit
-            :func:`estimate_transition`.
+        ValueError: the labels do not identify T, or for posteriors say nothing (the estimate is written all the same),
+            or don't suit :func:`estimate_transition`.
     """
     chosen = np.random.default_rng(args.seed).permutation(len(dataset))
     if not posteriors:

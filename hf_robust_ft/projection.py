@@ -121,7 +121,7 @@ def _aim(radius: float, reference_norm: float, dtype: torch.dtype) -> tuple[floa
 def project_together_(
     weights: Sequence[Tensor], references: Sequence[Tensor], radii: Sequence[float], reference_norms: Sequence[float]
 ) -> None:
-    """:func:`project_` of many weights in the Frobenius norm, with a dozen kernels and one a weight instead of a dozen each.
+    """:func:`project_` of many weights in the Frobenius norm: a few kernels for all and one for each, not a dozen.
 
     A step of a small model on a GPU takes as long as the CPU needs to launch its kernels: a projection one by one made
     it half as long again (recipes/RESULTS.md).

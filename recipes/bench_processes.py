@@ -97,6 +97,7 @@ def measure(options: argparse.Namespace) -> None:
     pixels = torch.randn(options.examples, 3, size, size)
     labels = torch.arange(options.examples) % CLASSES
     batches = list(zip(pixels.split(options.batch_size), labels.split(options.batch_size), strict=True))
+    state.wait_for_everyone()  # a process that starts Python later is no part of the measurement
     report = measure_hessian(model, reference, batches, lanczos_steps=options.lanczos_steps, distributed=True)
     if state.is_main_process:
         report.save(options.worker)

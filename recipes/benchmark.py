@@ -13,7 +13,7 @@ Settings are those of ``--settings``, which ``python recipes/benchmark_report.py
         --output outputs/benchmark_development.jsonl
 
 ``benchmark_report.py`` makes tables and pictures of the lines. All but the digits need the models that
-``../shared/assets/fetch_models.py`` lays out in .assets/models; fashion-mnist and wordnet-nouns need ``../shared/data``.
+``../shared/assets/fetch_models.py`` lays out in .assets/models; fashion-mnist and wordnet-nouns ``../shared/data``.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class ELRTrainer(BaselineTrainer):
         logits = model(**inputs).logits
         p = logits.softmax(-1).clamp(1e-4, 1 - 1e-4)
         if self._targets is None:
-            self._targets = torch.zeros(len(self.train_dataset), p.shape[1], device=p.device)  # type: ignore[arg-type]
+            self._targets = torch.zeros(len(self.train_dataset), p.shape[1]).to(p)  # type: ignore[arg-type]
         with torch.no_grad():
             normalised = p / p.sum(1, keepdim=True)
             self._targets[index] = 0.7 * self._targets[index] + 0.3 * normalised

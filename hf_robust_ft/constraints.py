@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .adapters import find_adapters
 from .layers import Layer, NotALayer, find_layers
 from .penalties import add_l2sp_gradient
-from .projection import Norm, distance, magnitude, project_, project_together_, square_distance
+from .projection import TOGETHER, Norm, distance, magnitude, project_, project_together_, square_distance
 from .reference import capture_reference, reference_weight
 from .sharding import is_sharded, over_shards_at_once
 from .stored import Count, Size
@@ -99,6 +99,9 @@ class Ball:
         """
         weight = self.layer.parameter
         plain = self.layer.adapter is None and not is_sharded(weight) and weight.device.type != "cpu"
+        # One that large has kernels enough to itself, and its difference would be a copy.
+        if weight.numel() > TOGETHER:
+            return None
         if not plain or weight.dtype not in (torch.float32, torch.float64) or self.centre.dtype != weight.dtype:
             return None
         return weight.device, weight.dtype

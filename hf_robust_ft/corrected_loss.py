@@ -65,18 +65,19 @@ class CorrectedLoss:
         self.shift = shift
         self.num_classes = num_classes
         """K, as far as it is known."""
-        self.matrices: tuple[Matrix, InverseTransition] | None = None
-        """T and its inverse; None until the number of classes is known."""
+        self.matrices: tuple[Matrix, InverseTransition | None] | None = None
+        """T and its inverse; None until the number of classes is known. Posteriors need no inverse."""
         self._source = read_transition(noise_transition)
         self._tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         # A rate without a number of classes has to wait for the first logits; all else is checked now.
         if correction != "gce" and (num_classes is not None or not isinstance(self._source, float)):
             self._build(num_classes)
 
-    def _build(self, num_classes: int | None) -> tuple[Matrix, InverseTransition]:
+    def _build(self, num_classes: int | None) -> tuple[Matrix, InverseTransition | None]:
         transition = load_transition(self._source, num_classes)
         self.num_classes = len(transition)
-        self.matrices = transition, invert_transition(transition)
+        inverse = None if self.correction == "posterior" else invert_transition(transition)
+        self.matrices = transition, inverse
         return self.matrices
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -186,7 +187,7 @@ class CorrectedLoss:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         key = (logits.device, dtype)
         if key not in self._tensors:
-            matrix = transition if self._forward else inverse.matrix
+            matrix = transition if self._forward or inverse is None else inverse.matrix
             self._tensors[key] = torch.tensor(matrix, dtype=dtype, device=logits.device)
         return self._tensors[key]
 

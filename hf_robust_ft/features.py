@@ -79,7 +79,7 @@ def make_corrected_loss(
         )
     if correction == "backward" and loss.matrices is not None:
         inverse = loss.matrices[1]
-        if inverse.condition_number > WARN_CONDITION_NUMBER:
+        if inverse is not None and inverse.condition_number > WARN_CONDITION_NUMBER:
             logger.warning(
                 "backward correction amplifies a loss up to %.3g times (condition number of noise_transition %.3g): "
                 "expect noisy gradients; loss_correction='forward' is stable",

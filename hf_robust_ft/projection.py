@@ -26,7 +26,8 @@ Norm = Literal["frobenius", "inf_op"]
 # (256 KB), large enough for two threads. A GPU wants fewer, larger kernels (16 MB).
 CPU_BLOCK, GPU_BLOCK = 1 << 16, 1 << 22
 
-# Weights that are projected together: their differences from the centres hold at most so many elements (64 MB).
+# Weights that are projected together: their differences from the centres hold at most so many elements (64 MB in
+# float32).
 TOGETHER = 1 << 24
 
 # A projected weight aims this share of the radius inside the ball, and half of it is the line that may not
@@ -124,7 +125,7 @@ def project_together_(
     """:func:`project_` of many weights in the Frobenius norm: a few kernels for all and one for each, not a dozen.
 
     A step of a small model on a GPU takes as long as the CPU needs to launch its kernels: a projection one by one made
-    it half as long again (recipes/RESULTS.md).
+    it half as long again (recipes/RESULTS.md). A weight that is not finite comes out with NaN.
 
     Args:
         weights: edited in place; whole (not sharded), on one device, all float32 or all float64.

@@ -166,7 +166,7 @@ def steps(values: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     for name, of_layers in values.items():
         ratios = of_layers / values[POSITIVE]
         found[name] = {
-            "share of the measure, median layer": ratios.median().item(),
+            "share of the measure, median layer": ratios.quantile(0.5).item(),
             "least": ratios.min().item(),
             "most": ratios.max().item(),
             "negative layers": int((of_layers < 0).sum()),

@@ -116,12 +116,12 @@ class SAMTrainer(BaselineTrainer):
 
 
 class EMATrainer(BaselineTrainer):
-    """Exponential moving average of the weights: what is evaluated, and what the model is at the end."""
+    """Exponential moving average of the weights, which is evaluated in their place."""
 
     average: AveragedModel | None = None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
-        # The step before this one has been taken by now; that of the last step is added by evaluate().
+        # Of the weights before this step: the mean lags behind by one step.
         self._update(model)
         return super().training_step(model, inputs, *rest)
 

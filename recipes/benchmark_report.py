@@ -83,12 +83,18 @@ def accuracies(runs: Iterable[Run]) -> dict[Case, dict[str, float]]:
 
 
 def differences(scores: dict[Case, dict[str, float]], method: str, *, clean: bool) -> dict[tuple[str, int], float]:
-    """Draw → how far the recommendation is ahead of a method, the mean over the noisy cases (or the clean one)."""
+    """Draw → how far the recommendation is ahead of a method, the mean over the noisy cases (or the clean one).
+
+    Of draws in which both have run under each noise that their source has.
+    """
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    noises: dict[str, set[str]] = defaultdict(set)
     for (source, noise, seed), row in scores.items():
-        if (noise == CLEAN) == clean and {method, OURS} <= row.keys():
-            found[source, seed].append(row[OURS] - row[method])
-    return {draw: statistics.fmean(values) for draw, values in found.items()}
+        if (noise == CLEAN) == clean:
+            noises[source].add(noise)
+            if {method, OURS} <= row.keys():
+                found[source, seed].append(row[OURS] - row[method])
+    return {draw: statistics.fmean(values) for draw, values in found.items() if len(values) == len(noises[draw[0]])}
 
 
 def mean_and_interval(values: Iterable[float]) -> tuple[float, float]:
@@ -122,16 +128,20 @@ def source_table(scores: dict[Case, dict[str, float]], source: str) -> str:
 
 
 def overall_table(scores: dict[Case, dict[str, float]]) -> str:
-    """Markdown: how far the recommendation is ahead of each method, with 95 % intervals, and on how many draws."""
-    lines = ["| method | recommended ahead by, noisy | draws | recommended ahead by, clean |", "|---|---|---|---|"]
+    """Markdown: how far the recommendation is ahead of each method, with 95 % intervals: on how many draws, and the
+    mean over those of each source."""
+    sources = list(dict.fromkeys(case[0] for case in scores))
+    lines = [
+        f"| recommended ahead of | noisy | draws | {' | '.join(sources)} | clean |",
+        "|---" * (4 + len(sources)) + "|",
+    ]
     for method in ranked(scores):
-        cells = []
-        for clean in (False, True):
-            found = differences(scores, method, clean=clean)
-            cells.append(
-                "" if not found else "{:+.1f} ± {:.1f}".format(*(100 * x for x in mean_and_interval(found.values())))
-            )
-        lines.append(f"| {method} | {cells[0]} | {len(differences(scores, method, clean=False))} | {cells[1]} |")
+        ahead = differences(scores, method, clean=False)
+        means = [[100 * value for (name, _), value in ahead.items() if name == source] for source in sources]
+        both = [differences(scores, method, clean=clean).values() for clean in (False, True)]
+        noisy, clean = ["{:+.1f} ± {:.1f}".format(*(100 * x for x in mean_and_interval(v))) if v else "" for v in both]
+        parts = " | ".join(f"{statistics.fmean(values):+.1f}" if values else "" for values in means)
+        lines.append(f"| {method} | {noisy} | {len(ahead)} | {parts} | {clean} |")
     return "\n".join(lines)
 
 

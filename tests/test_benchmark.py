@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
@@ -75,7 +76,7 @@ def test_training_and_validation_labels_are_noisy_and_test_labels_clean(data: Mo
     assert (again["train"].labels == parts["train"].labels).all()
 
 
-def test_every_method_has_the_same_budget(recipes: dict[str, ModuleType]) -> None:
+def test_every_method_is_tried_four_times(recipes: dict[str, ModuleType]) -> None:
     for method in recipes["methods"].METHODS.values():
         assert len(method.settings) == 4
         assert len({json.dumps(setting) for setting in method.settings}) == 4
@@ -205,7 +206,10 @@ def test_a_draw_counts_once_whatever_its_kinds_of_noise(report: ModuleType) -> N
     # 4.303: the 97.5 % quantile of Student's distribution with two degrees of freedom.
     assert (mean, half) == pytest.approx((0.3, 4.303 * 0.2 / math.sqrt(3)), rel=1e-3)
     assert math.isnan(report.mean_and_interval([0.1])[1])
-    assert "\n| plain | +27.5 ± 158.8 | 2 | -10.0 ± nan |\n" in report.overall_table(scores)
+    assert "\n| plain | +27.5 ± 158.8 | 2 | +27.5 | -10.0 ± nan |\n" in report.overall_table(scores)
+    # A draw that lacks a noise does not count.
+    del scores["x", "a", 2]["plain"]
+    assert list(report.differences(scores, "plain", clean=False)) == [("x", 1)]
 
 
 def test_plain_fine_tuning_has_its_epochs(report: ModuleType) -> None:
@@ -231,6 +235,24 @@ def test_the_reported_runs_are_those_of_the_frozen_settings(recipes: dict[str, M
         assert run["seed"] >= 100
         source = {"wordnet-verbs": "wordnet-nouns"}.get(run["source"], run["source"])
         assert run["setting"] == settings[source][run["method"]]
+
+
+def test_settings_that_were_not_chosen_are_asked_for(recipes: dict[str, ModuleType], tmp_path: Path) -> None:
+    options = argparse.Namespace(tune=False, settings=tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match=r"none.json does not exist; choose them with .*--freeze"):
+        recipes["benchmark"].settings_of("plain", "digits", options)
+
+
+@pytest.mark.parametrize("method", ["backward", "posterior"])
+def test_a_matrix_that_may_be_singular_is_for_posteriors_alone(recipes: dict[str, ModuleType], method: str) -> None:
+    methods, transition = recipes["methods"], [[0.6, 0.4], [0.4, 0.6]]
+    estimate = argparse.Namespace(identifiable=False, informative=True, transition=transition)
+    found = argparse.Namespace(estimate=estimate, arguments={})
+    source = argparse.Namespace(learning_rate=1e-3, radius=0.01)
+    arguments, _ = methods.arguments_of(methods.METHODS[method], method, {"learning_rate": 3.0}, source, found)
+    assert arguments["learning_rate"] == pytest.approx(3e-3)
+    assert arguments["loss_correction"] == ("posterior" if method == "posterior" else "none")
+    assert arguments.get("noise_transition") == (transition if method == "posterior" else None)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 from hf_robust_ft import LayerConstraints, ReferenceMismatch, find_layers, layer_distances
+from hf_robust_ft.constraints import Ball
 from hf_robust_ft.projection import magnitude
 
 
@@ -245,3 +246,20 @@ def test_a_penalty_asks_nothing_of_the_layers_that_only_balls_need() -> None:
     constraints = LayerConstraints(model, None, norm="inf_op", mode="relative", penalty=1.0)
     assert constraints.distances() == {"0.weight": 0.0, "1.weight": 0.0}
     constraints.project_()
+
+
+def test_layers_that_go_together_end_where_they_do_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU many are projected at once: each with its own radius and norm."""
+
+    def projected() -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = tiny.bert()
+        constraints = LayerConstraints(model, {"*query*": 0.1, "*dense*": 0.3})
+        shake(model)
+        constraints.project_()
+        return tiny.weights(model)
+
+    alone = projected()
+    monkeypatch.setattr(Ball, "goes_with", lambda self: (self.centre.device, self.centre.dtype))
+    for name, weight in projected().items():
+        torch.testing.assert_close(weight, alone[name], rtol=0, atol=1e-6)

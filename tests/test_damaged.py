@@ -7,12 +7,13 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from typing_extensions import TypeAliasType
 
 from hf_robust_ft import (
     HessianReport,
@@ -32,6 +33,7 @@ from hf_robust_ft.noise_estimate import FILE as ESTIMATE_FILE
 from hf_robust_ft.radius_search import FILE as CHOICE_FILE
 from hf_robust_ft.radius_search import RadiusCandidate, RadiusChoice
 from hf_robust_ft.reference import REFERENCE_FILE, load_reference
+from hf_robust_ft.stored import checked
 
 CHECKPOINT = "checkpoint-2"
 
@@ -147,3 +149,12 @@ def test_a_damaged_file_is_refused_by_name(run: Path, kept: Kept) -> None:
     # What a hash is kept of differs in no bit unnoticed.
     if kept.file in (REFERENCE_FILE, START_FILE):
         assert len(said) == len(others) + len(flips)
+
+
+def test_arrays_are_read_through_an_alias() -> None:
+    """From Python 3.12 on numpy 2.5's NDArray is one."""
+    kind = TypeVar("kind", bound=np.generic)
+    alias = TypeAliasType("alias", np.ndarray[Any, np.dtype[kind]], type_params=(kind,))
+    assert checked(alias[np.float64], [[1, 0.5]], "T").tolist() == [[1.0, 0.5]]
+    with pytest.raises(ValueError, match=r"^T "):
+        checked(alias[np.float64], "one", "T")

@@ -420,6 +420,9 @@ def test_recommendations_follow_what_was_measured(flipped: tuple[Dataset, Diagno
     chance = recommend(with_rate(0.66, singular_value_interval=(0.0, 0.2)), False, 0.01)
     assert chance.arguments == {"loss_correction": "gce", **radius}
     assert "hardly better than chance" in chance.reason
+    # Nine of ten examples are of one class: labels are right less often than that, and T is known well.
+    rare = with_rate(0.3, singular_value_interval=(0.3, 0.5), clean_prior=np.array([0.9, 0.05, 0.05]))
+    assert recommend(rare, False, 0.01).arguments == posterior
 
 
 def test_example_dependence_needs_an_effect_and_examples(flipped: tuple[Dataset, Diagnosis]) -> None:

@@ -319,3 +319,17 @@ def test_a_collator_keeps_what_else_is_in_a_batch() -> None:
         "x": [3, 1],
         "labels": [[0, 0, 1], [1, 0, 0]],
     }
+
+
+def test_training_on_posteriors_needs_no_inverse() -> None:
+    singular = [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
+    logits = torch.tensor([[2.0, 1.0, 0.0]], dtype=torch.float64)
+    loss = CorrectedLoss("posterior", singular, num_classes=3)
+    posteriors = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
+    naive = -(posteriors * logits.log_softmax(-1)).sum()
+    assert float(loss(logits, posteriors)) == pytest.approx(float(naive))
+    # Evaluation labels are corrected forward.
+    noisy_log_p = (logits.softmax(-1) @ torch.tensor(singular, dtype=torch.float64)).log()
+    assert float(loss(logits, torch.tensor([1]))) == pytest.approx(-float(noisy_log_p[0, 1]))
+    with pytest.raises(ValueError, match=r"singular"):
+        CorrectedLoss("backward", singular, num_classes=3)

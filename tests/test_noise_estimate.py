@@ -239,6 +239,7 @@ def test_posteriors_need_no_inverse(tmp_path: Path) -> None:
         ValueError, match=r"It is rough.*Train on posteriors of the labels \(loss_correction='posterior'\)"
     ):
         check_estimate(few, posteriors=False)
+    check_estimate(replace(trainer.noise_estimate, clean_prior=np.array([0.9, 0.05, 0.05])), posteriors=True)
     none = replace(few, noise_rate_interval=(0.6, 0.7))
     with pytest.raises(ValueError, match=r"Train without T"):
         check_estimate(none, posteriors=True)

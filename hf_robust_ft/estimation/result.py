@@ -73,10 +73,10 @@ class TransitionEstimate:
 
     @property
     def informative(self) -> bool:
-        """Whether a label surely says more of the true class than its frequency does: the share of right labels, at the
-        lower end of its interval, lies above that of the largest class. Enough for posteriors of the labels, which
-        need no inverse of T: where classes are rare T may be singular, and most of it known well."""
-        return bool(1 - self.noise_rate_interval[1] > self.clean_prior.max())
+        """Whether labels surely say something of the true class: T is regular throughout its interval, or the share of
+        right labels, at the lower end of its interval, lies above that of the largest class. Enough for posteriors of
+        the labels, which need no inverse of T: where classes are rare T may be singular, and most of it known well."""
+        return self.identifiable or bool(1 - self.noise_rate_interval[1] > self.clean_prior.max())
 
     @property
     def noise_level(self) -> NoiseLevel:

@@ -1,6 +1,6 @@
 """Ways to fine-tune on noisy labels, on real data with real pretrained models: methods × data × noise × seeds.
 
-    python recipes/benchmark.py --sources digits --seeds 100
+    python recipes/benchmark.py --sources wordnet-verbs --seeds 100
     accelerate launch --multi_gpu --num_processes 8 recipes/benchmark.py --seeds 100 101 102 103 104
     torchrun --nproc_per_node 2 recipes/benchmark.py --seeds 100        # two processes on a CPU, or on one GPU
 
@@ -130,7 +130,12 @@ def settings_of(method: str, source: str, options: argparse.Namespace) -> tuple[
             f"settings {options.settings} does not exist; choose them with benchmark_report.py --freeze, or run --tune"
         )
     # The verbs were never tuned on: they take what the nouns chose.
-    chosen = json.loads(options.settings.read_text())[{"wordnet-verbs": "wordnet-nouns"}.get(source, source)]
+    chosen = json.loads(options.settings.read_text()).get({"wordnet-verbs": "wordnet-nouns"}.get(source, source), {})
+    if method not in chosen:
+        raise ValueError(
+            f"settings {options.settings} has none for '{method}' on '{source}'; choose them with --tune and "
+            "benchmark_report.py --freeze, or leave it out with --sources and --methods"
+        )
     return (chosen[method],)
 
 

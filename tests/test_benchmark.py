@@ -241,6 +241,9 @@ def test_settings_that_were_not_chosen_are_asked_for(recipes: dict[str, ModuleTy
     options = argparse.Namespace(tune=False, settings=tmp_path / "none.json")
     with pytest.raises(FileNotFoundError, match=r"none.json does not exist; choose them with .*--freeze"):
         recipes["benchmark"].settings_of("plain", "digits", options)
+    options.settings.write_text('{"digits": {}}')
+    with pytest.raises(ValueError, match=r"has none for 'plain' on 'digits'; choose them with --tune"):
+        recipes["benchmark"].settings_of("plain", "digits", options)
 
 
 @pytest.mark.parametrize("method", ["backward", "posterior"])

@@ -99,10 +99,9 @@ class Ball:
         """
         weight = self.layer.parameter
         plain = self.layer.adapter is None and not is_sharded(weight) and weight.device.type != "cpu"
-        # One that large has kernels enough to itself, and its difference would be a copy.
-        if weight.numel() > TOGETHER:
-            return None
-        if not plain or weight.dtype not in (torch.float32, torch.float64) or self.centre.dtype != weight.dtype:
+        # The difference of a larger one would be a copy, and it has work enough for kernels of its own.
+        fits = weight.numel() <= TOGETHER and weight.dtype == self.centre.dtype
+        if not (plain and fits and weight.dtype in (torch.float32, torch.float64)):
             return None
         return weight.device, weight.dtype
 

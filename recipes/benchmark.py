@@ -19,9 +19,7 @@ Settings are those of ``--settings``, which ``python recipes/benchmark_report.py
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import sys
 import time
 import traceback
@@ -34,6 +32,7 @@ import torch
 import transformers
 from benchmark_data import NOISES, RULES, SOURCES, Source, draw
 from benchmark_methods import METHODS, Setting, run
+from resumable import append_line, own_share, read_lines
 from tqdm import tqdm
 
 from hf_robust_ft import Diagnosis, diagnose
@@ -49,8 +48,7 @@ def main() -> int:
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1 if world > 1 else torch.get_num_threads())
-    done = {key(line) for line in read(options.output)}
+    done = {key(line) for line in read_lines(options.output)}
     jobs = [
         (name, noise, seed, method, setting)
         for seed in options.seeds
@@ -60,13 +58,15 @@ def main() -> int:
         for method in options.methods
         for setting in settings_of(method, name, options)
     ]
-    jobs = [job for job in jobs if key(dict(zip(KEY, job, strict=True))) not in done]
     folder = options.output.parent / "diagnoses"
+    wanted = {job[:3] for job in jobs if key(dict(zip(KEY, job, strict=True))) not in done}
     for name, noise, seed in list(dict.fromkeys(job[:3] for job in jobs))[rank::world]:
-        if not (case_folder(folder, name, noise, seed) / "diagnosis.json").is_file():
+        missing = not (case_folder(folder, name, noise, seed) / "diagnosis.json").is_file()
+        if missing and (name, noise, seed) in wanted:
             make_diagnosis(SOURCES[name], noise, seed, folder)
+    own = [job for job in jobs[rank::world] if key(dict(zip(KEY, job, strict=True))) not in done]
     failed, case = 0, None
-    bar = tqdm(jobs[rank::world], unit="run", disable=rank > 0, file=sys.stdout, mininterval=5)
+    bar = tqdm(own, unit="run", disable=rank > 0, file=sys.stdout, mininterval=5)
     for name, noise, seed, method, setting in bar:
         source = SOURCES[name]
         if case != (name, noise, seed):
@@ -85,10 +85,8 @@ def main() -> int:
             "estimated": round(diagnosis.estimate.noise_rate, 4),
             "recommended": diagnosis.arguments.get("loss_correction", "none"),
         }
-        append(
-            options.output,
-            dict(zip(KEY, (name, noise, seed, method, setting), strict=True)) | about | result | machine(),
-        )
+        run_of = dict(zip(KEY, (name, noise, seed, method, setting), strict=True))
+        append_line(run_of | about | result | machine(), options.output)
     if failed:
         print(f"{failed} runs failed; the same command tries them again", file=sys.stderr)
     return int(failed > 0 and world == 1)  # a launcher would stop the other processes
@@ -104,21 +102,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--settings", type=Path, default=SETTINGS, help="the settings that were chosen")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark.jsonl"))
     return parser.parse_args()
-
-
-def own_share() -> tuple[int, int]:
-    """Number of this process, and of all; from then on each is alone, on one GPU."""
-    found = [
-        int(os.environ.pop(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    ]
-    for name in ("LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-    rank, world, local = found
-    # Trainer would spread each batch over all GPUs that it sees. torch reads this when CUDA is first used.
-    if (gpus := torch.cuda.device_count()) > 1:
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen[local % gpus]
-    return rank, world
 
 
 def settings_of(method: str, source: str, options: argparse.Namespace) -> tuple[Setting, ...]:
@@ -158,28 +141,10 @@ def wait_for_diagnosis(kept: Path) -> Diagnosis:
     return Diagnosis.load(kept)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The runs in a file of JSON lines; none without the file. A line that broke off is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
-
-
 def key(line: dict[str, Any]) -> tuple[str, str, int, str, str]:
     """What tells one run from another."""
     source, noise, seed, method, setting = (line[name] for name in KEY)
     return source, noise, seed, method, json.dumps(setting, sort_keys=True)
-
-
-def append(path: Path, line: dict[str, Any]) -> None:
-    """One write: lines of several processes don't mix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def machine() -> dict[str, str]:

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from datasets import Dataset, load_dataset
+from datasets import Dataset
+from noisy_runs import train_and_test, transition_of
 from supersense_rules import vote
 from text_noisy import MINILM, SUPERSENSES, supersenses
 from transformers import (
@@ -29,7 +30,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from vit_noisy import HERE, digits
 
-from hf_robust_ft import corrupt_labels, majority_vote, pair_flip_transition, symmetric_transition
+from hf_robust_ft import corrupt_labels, majority_vote
 
 Labels = npt.NDArray[np.int64]
 FIRST_REPORT_SEED = 100
@@ -169,13 +170,7 @@ def noisy_labels(raw: Dataset, clean: Labels, noise: str, classes: int, names: l
     if noise == RULES:
         return majority_vote(vote(raw["text"][:], names), classes, seed=seed)
     shape, rate = noise.split("-")
-    build = symmetric_transition if shape == "symmetric" else pair_flip_transition
-    return corrupt_labels(clean, build(classes, float(rate)), seed)
-
-
-def parquet(folder: Path) -> tuple[Dataset, Dataset]:
-    loaded = load_dataset("parquet", data_files={part: str(folder / f"{part}.parquet") for part in ("train", "test")})
-    return loaded["train"], loaded["test"]
+    return corrupt_labels(clean, transition_of(shape, float(rate), classes), seed)
 
 
 TEXT_RADIUS = {"*layer*": 0.02}
@@ -187,7 +182,7 @@ SOURCES = {
             "fashion-mnist",
             "image",
             DINOV2,
-            lambda: parquet(SUPERSENSES.parent / "fashion-mnist"),
+            lambda: train_and_test(SUPERSENSES.parent / "fashion-mnist"),
             6,
             32,
             1e-4,
@@ -196,7 +191,15 @@ SOURCES = {
         ),
         Source("wordnet-nouns", "text", MINILM, supersenses, 6, 32, 1e-4, TEXT_RADIUS, (*NOISES, RULES)),
         Source(
-            "wordnet-verbs", "text", MINILM, lambda: parquet(HERE / "wordnet_verbs"), 6, 32, 1e-4, TEXT_RADIUS, UNSEEN
+            "wordnet-verbs",
+            "text",
+            MINILM,
+            lambda: train_and_test(HERE / "wordnet_verbs"),
+            6,
+            32,
+            1e-4,
+            TEXT_RADIUS,
+            UNSEEN,
         ),
     )
 }

@@ -26,7 +26,7 @@ from benchmark_baselines import (
 from benchmark_data import Part, Source
 from transformers import EvalPrediction, set_seed
 
-from hf_robust_ft import Diagnosis, RobustTrainingArguments, frozen_features
+from hf_robust_ft import Diagnosis, RobustTrainingArguments, frozen_features, invert_transition
 
 Setting = dict[str, float]
 RATES: tuple[Setting, ...] = tuple({"learning_rate": factor} for factor in (0.1, 0.3, 1.0, 3.0))
@@ -106,7 +106,7 @@ class Accuracies:
     def __init__(self, diagnosis: Diagnosis) -> None:
         usable = diagnosis.identifiable and diagnosis.shape != "none"
         matrix = diagnosis.estimate.transition
-        self.inverse = np.linalg.inv(matrix) if usable else np.eye(len(matrix))
+        self.inverse = invert_transition(matrix).matrix if usable else np.eye(len(matrix))
 
     def of(self, predicted: Any, labels: Any) -> dict[str, float]:
         return {

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from benchmark import SETTINGS, read
+from benchmark import SETTINGS
 from comparison import COLOURS, mean_and_error
 from matplotlib import pyplot
+from resumable import read_lines
 from scipy import stats
 
 Run = dict[str, Any]
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--freeze", action="store_true", help="choose settings from these runs, of --tune")
     parser.add_argument("--settings", type=Path, default=SETTINGS, help="where chosen settings go")
     options = parser.parse_args()
-    runs = read(options.runs)
+    runs = read_lines(options.runs)
     if options.freeze:
         before = json.loads(options.settings.read_text()) if options.settings.is_file() else {}
         options.settings.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Does the Hessian distance measure tell how far a fine-tuned model overfits? One model, trained in seven ways.
 
-    python recipes/bound_study.py --workers 2
+    torchrun --nproc_per_node 2 recipes/bound_study.py
     python recipes/bound_study_report.py
 
 runs offline in about half an hour on two CPU cores, after the study of Ju, Li & Zhang (ICML 2022, figure 1): the small
@@ -20,11 +20,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from bisect import bisect_right
@@ -35,9 +31,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from bound_study_report import OUTPUT, Record, read_runs
+from bound_study_report import OUTPUT, Record
 from datasets import Dataset
 from noisy_runs import classification_head
+from resumable import append_line, own_share, read_lines
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageClassification, PrinterCallback, set_seed
@@ -89,6 +86,7 @@ class Examples(NamedTuple):
 
 def main() -> None:
     args = parse()
+    share, shares = own_share()
     settings = {
         "model": Path(args.model_name_or_path).name,
         "noise_rate": args.noise_rate,
@@ -98,18 +96,13 @@ def main() -> None:
         "transformers": version("transformers"),
     }
     keys = list(itertools.product(args.seeds, args.sizes, args.ways))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    todo = unfinished(keys, read_runs(args.output) if args.output.exists() else [], settings)
-    if args.workers > 1:
-        share_out(args.workers)
-        return
+    todo = unfinished(keys[share::shares], read_lines(args.output), settings)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    share, shares = args.part
     train, test = data(args)
-    for seed, n, way in todo[share::shares]:
+    for seed, n, way in todo:
         record = shortened(one_run(way, n, seed, train, test, args)) | settings
-        append(record, args.output)
+        append_line(record, args.output)
         print(
             f"{way:7} n {n:5}  seed {seed}  gap {record['gap']:.3f}  Hessian {record['hessian_lanczos']:.3f}  "
             f"{record['seconds']:.0f} s",
@@ -127,17 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=10)
     parser.add_argument("--measured", type=int, default=100, help="training examples whose curvature is measured")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON lines, to be continued if it exists")
-    parser.add_argument("--workers", type=int, default=1, help="processes at once")
-    parser.add_argument("--part", type=part, default=(0, 1), help="I/K: the I-th of K shares, counted from 0")
     return parser.parse_args()
-
-
-def part(text: str) -> tuple[int, int]:
-    """``"1/4"`` as numbers."""
-    share, _, shares = text.partition("/")
-    if not (share.isdigit() and shares.isdigit() and int(share) < int(shares)):
-        raise argparse.ArgumentTypeError(f"'{text}' is no share; give I/K with I from 0 to K - 1, such as 0/2")
-    return int(share), int(shares)
 
 
 def unfinished(
@@ -153,24 +136,6 @@ def unfinished(
             raise SystemExit(f"the output has runs with {', '.join(different)}; name another --output for these")
     done = {(run["seed"], run["n"], run["way"]) for run in runs}
     return [key for key in keys if key not in done]
-
-
-def share_out(workers: int) -> None:
-    """The same command as so many processes, a share of the runs each."""
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
-    command = [sys.executable, __file__, *sys.argv[1:], "--workers", "1", "--part"]
-    started = [subprocess.Popen([*command, f"{i}/{workers}"], env=environment) for i in range(workers)]
-    codes = [process.wait() for process in started]
-    if any(codes):
-        raise SystemExit("a worker failed; the same command does what is missing")
-
-
-def append(record: Record, path: Path) -> None:
-    """Add a line. One write, so that lines of several processes don't mix."""
-    cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
-    with path.open("ab", buffering=0) as file:
-        file.write(("\n" * cut_off + json.dumps(record) + "\n").encode())
 
 
 def shortened(record: Record) -> Record:

@@ -13,7 +13,6 @@ each n. Two 95 % intervals, by the percentiles of a bootstrap: *runs*, as if eac
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -28,9 +27,10 @@ from matplotlib import pyplot
 from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
+from resumable import Line as Record
+from resumable import read_lines
 from scipy.stats import kendalltau
 
-Record = dict[str, Any]
 """One run."""
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
@@ -65,21 +65,10 @@ def main() -> None:
     parser.add_argument("--gap", choices=["gap", "error_gap"], default="gap", help="of the loss, or of the error")
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
     args = parser.parse_args()
-    runs = read_runs(args.input)
+    runs = read_lines(args.input)
     print(f"{len(runs)} runs\n\n{correlation_table(runs, args.gap, args.draws)}")
     print(f"\n{scale(runs, args.gap)}\n\n{way_table(runs)}\n\n{ratio_table(runs)}")
     plot(runs, args.gap, args.input.with_suffix(".png"))
-
-
-def read_runs(path: Path) -> list[Record]:
-    """Every run that was written whole; one that was cut off is as if it had not been."""
-    runs = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            runs.append(json.loads(line))
-        except ValueError:
-            print(f"{path}: passed over a line that was cut off")
-    return runs
 
 
 def columns(runs: Sequence[Record], gap: str) -> tuple[Array, Array, Array]:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import evaluate
 import numpy as np
+import numpy.typing as npt
 from comparison import Run, report, save
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from torch import distributed
@@ -242,13 +243,26 @@ def describe(recipe: RunArguments, task: Task, method: str) -> str:
     return f"{said}{task.about_labels} The labels of the test data are as they came."
 
 
+def transition_of(noise: str, rate: float, classes: int) -> npt.NDArray[np.float64]:
+    """T of ``"symmetric"`` or ``"pair_flip"`` noise."""
+    build = {"symmetric": symmetric_transition, "pair_flip": pair_flip_transition}[noise]
+    return build(classes, rate)
+
+
+def train_and_test(folder: Path) -> tuple[Dataset, Dataset]:
+    """What ``train.parquet`` and ``test.parquet`` of a folder hold."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist; name other data")
+    loaded = load_dataset("parquet", data_files={part: str(folder / f"{part}.parquet") for part in ("train", "test")})
+    return loaded["train"], loaded["test"]
+
+
 def train(method: str, seed: int, task: Task, recipe: RunArguments, arguments: RobustTrainingArguments) -> Run:
     """Train one model from the pretrained weights and test it on clean labels after each epoch."""
     names = task.data["train"].features[task.label_column].names
     noisy, transition = task.data["train"], arguments.noise_transition
     if isinstance(recipe, NoisyRunArguments) and recipe.noise != "none":
-        build = symmetric_transition if recipe.noise == "symmetric" else pair_flip_transition
-        matrix = build(len(names), recipe.noise_rate)
+        matrix = transition_of(recipe.noise, recipe.noise_rate, len(names))
         noisy = corrupt_dataset(noisy, matrix, seed, label_column=task.label_column)
         transition = matrix.tolist() if transition is None else transition
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Value, load_dataset
-from noisy_runs import NoisyRunArguments, Task, classification_head, compare, load, name_of_data, parse
+from datasets import Dataset, DatasetDict, Value
+from noisy_runs import NoisyRunArguments, Task, classification_head, compare, load, name_of_data, parse, train_and_test
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -88,9 +88,7 @@ def supersenses() -> tuple[Dataset, Dataset]:
         raise FileNotFoundError(
             f"no data was named, and {SUPERSENSES} does not exist; give --train_file FILE or --dataset_name NAME"
         )
-    files = {part: str(SUPERSENSES / f"{part}.parquet") for part in ("train", "test")}
-    loaded = load_dataset("parquet", data_files=files)
-    return loaded["train"], loaded["test"]
+    return train_and_test(SUPERSENSES)
 
 
 def text_task(recipe: TextArguments, data: DatasetDict, label_column: str, name: str) -> Task:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import itertools
 import json
@@ -44,33 +43,12 @@ def run(way: str, n: int, seed: int, **values: float) -> dict[str, Any]:
 # Which runs there are
 
 
-def test_a_share_is_two_numbers(study: Any) -> None:
-    assert study.part("1/4") == (1, 4)
-    for wrong in ("4/4", "1", "-1/2", "a/b", ""):
-        with pytest.raises(
-            argparse.ArgumentTypeError, match=rf"'{wrong}' is no share; give I/K with I from 0 to K - 1"
-        ):
-            study.part(wrong)
-
-
 def test_finished_runs_are_not_repeated(study: Any) -> None:
     keys = [(0, 250, "plain"), (0, 250, "slow"), (1, 250, "plain")]
     done = [run("slow", 250, 0, epochs=10)]
     assert study.unfinished(keys, done, {"epochs": 10}) == [keys[0], keys[2]]
     with pytest.raises(SystemExit, match=r"the output has runs with epochs=10; name another --output for these"):
         study.unfinished(keys, done, {"epochs": 5})
-
-
-def test_a_line_that_was_cut_off_harms_no_other(
-    study: Any, tables: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "runs.jsonl"
-    study.append({"n": 1}, path)
-    with path.open("a") as file:
-        file.write('{"n": 2, "ga')
-    study.append({"n": 3}, path)
-    assert tables.read_runs(path) == [{"n": 1}, {"n": 3}]
-    assert capsys.readouterr().out == f"{path}: passed over a line that was cut off\n"
 
 
 # What a run learns from
@@ -140,13 +118,19 @@ def test_five_variants_of_the_hessian_measure(study: Any) -> None:
         assert found[f"hessian_{name}"] == pytest.approx(root * factor)
 
 
-def test_measures_of_distance_alone(study: Any) -> None:
+def moved() -> tuple[Any, dict[str, torch.Tensor]]:
+    """A model some way from its reference."""
     torch.manual_seed(0)
     model = vit()
     reference = {name: weight.clone() for name, weight in model.state_dict().items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
+    return model, reference
+
+
+def test_measures_of_distance_alone(study: Any) -> None:
+    model, reference = moved()
     batch = {"pixel_values": torch.randn(2, 1, 8, 8), "labels": torch.tensor([0, 1])}
     report = measure_hessian(model, reference, [batch], time_budget=0)
     found = study.distance_only(report, 25, model, reference)
@@ -161,12 +145,7 @@ def test_measures_of_distance_alone(study: Any) -> None:
 
 
 def test_the_scale_of_the_pac_bayes_measure_is_the_largest_that_is_tolerated(study: Any) -> None:
-    torch.manual_seed(0)
-    model = vit()
-    reference = {name: weight.clone() for name, weight in model.state_dict().items()}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+    model, reference = moved()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     # Labels as predicted: any noise can but harm.
     pixels = torch.randn(20, 1, 8, 8)
@@ -311,8 +290,9 @@ def test_the_table_tells_a_measure_that_orders_from_one_that_does_not(tables: An
 
 @pytest.mark.slow
 def test_the_study_and_its_report(tmp_path: Path) -> None:
-    def command(script: str, *words: str) -> str:
-        start = [sys.executable, str(RECIPES / script), *words]
+    def command(script: str, *words: str, processes: int = 1) -> str:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        start = [sys.executable, *(launcher if processes > 1 else []), str(RECIPES / script), *words]
         done = subprocess.run(start, cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
@@ -320,7 +300,7 @@ def test_the_study_and_its_report(tmp_path: Path) -> None:
     words = ["--sizes", "20", "--epochs", "1", "--measured", "1", "--ways", "plain", "radius", "--seeds"]
     said = command("bound_study.py", *words, "0")
     assert said.count("Hessian") == 2
-    said = command("bound_study.py", *words, "0", "1", "--workers", "2")
+    said = command("bound_study.py", *words, "0", "1", processes=2)
     assert said.count("Hessian") == 2
     path = tmp_path / "outputs" / "bound_study.jsonl"
     runs = [json.loads(line) for line in path.read_text().splitlines()]

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from hf_robust_ft.checkpoint import last_complete_checkpoint
 
@@ -78,6 +80,10 @@ def test_both_stop_after_the_same_step_and_save_it(interrupted: Path) -> None:
     assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.24"),
+    reason="needs a transformers that resumes several processes on CPUs: 5.17 looks for a device 'cpu:0'",
+)
 def test_a_killed_process_ends_the_other_and_its_checkpoint_is_passed_over(interrupted: Path) -> None:
     done = len(_results(interrupted, "interrupted")[0]["begun"])
     killed = _start(interrupted, "died")

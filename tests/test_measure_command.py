@@ -97,7 +97,8 @@ def test_a_measurement_is_that_of_the_library(base: Path, tuned: Path, data: Pat
     assert [layer.name for layer in found.layers] == [layer.name for layer in expected.layers]
     for one, other in zip(found.layers, expected.layers, strict=True):
         assert one.distance == pytest.approx(other.distance, rel=1e-5)
-        assert one.upper.maximum == pytest.approx(other.upper.maximum, rel=1e-3)
+        # In float32, and on a GPU where there is one.
+        assert one.upper.maximum == pytest.approx(other.upper.maximum, rel=1e-3, abs=1e-6)
     assert found.losses.mean == pytest.approx(expected.losses.mean, rel=1e-5)
 
 

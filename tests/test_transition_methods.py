@@ -249,7 +249,7 @@ def test_classes_that_the_likelihood_confuses_get_their_names_back() -> None:
 
 
 def test_a_class_that_stands_for_two_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Started where flips go one way in some classes and the other way in the rest: one class too many and one too few."""
+    """Started where flips go one way in some classes, the other way in the rest: one class too many, one too few."""
     features, labels, _ = mixture(600, num_classes=5, dimensions=10)
     truth = 0.6 * np.eye(5) + np.roll(0.4 * np.eye(5), 1, axis=1)
     noisy = draw(truth[labels], seed=0)

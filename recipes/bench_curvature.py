@@ -4,10 +4,10 @@
     python recipes/bench_curvature.py --model_name_or_path .assets/models/minilm-l6 \\
         --baselines example_loop pyhessian_blocks pyhessian_shared curvlinops_blocks
 
-The model is a pretrained one with a new head of ten classes; without ``--model_name_or_path`` a ViT-S with random
-weights: the same work. Every layer is measured along a small random way from its reference. The methods take turns
-in rounds, and each turn begins with forward passes of the whole batch (no_grad, the model's own attention kernel),
-the unit of the costs. Measuring itself needs the attention kernel that can be differentiated twice.
+The model is a pretrained one with a new head of ten classes; without ``--model_name_or_path`` a ViT of ``--size`` with
+random weights: the same work. Every layer is measured along a small random way from its reference. The methods take
+turns in rounds, and each turn begins with forward passes of the whole batch (no_grad, the model's own attention
+kernel), the unit of the costs. Measuring itself needs the attention kernel that can be differentiated twice.
 
 What is slow runs on a sample of examples and layers, another one each round, and its time is scaled up to all of
 them: see "run" in the output. Peak memory is that of fresh processes beyond the model and its reference,
@@ -65,6 +65,11 @@ BASELINES = {
 # These differentiate layer by layer, so some of the layers are a fair sample; the others share a graph.
 LAYER_BY_LAYER = ("pyhessian_blocks", "curvlinops_blocks")
 TRAINING = "training step"
+# ViTs with random weights: the same work.
+SIZES: dict[str, dict[str, int]] = {
+    "small": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "patch_size": 14},
+    "base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "patch_size": 16},
+}
 
 
 @dataclass
@@ -160,6 +165,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default=None)
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="of the ViT without a name")
     parser.add_argument("--image_size", type=int, default=56, help="pixels, for a model of images")
     parser.add_argument("--sequence_length", type=int, default=32, help="tokens, for a model of text")
     parser.add_argument("--examples", type=int, default=16)
@@ -186,16 +192,19 @@ def parse() -> argparse.Namespace:
 
 def make_model(options: argparse.Namespace) -> Any:
     if options.model_name_or_path is None:
-        config = ViTConfig(
-            hidden_size=384, num_attention_heads=6, intermediate_size=1536, patch_size=14,
-            image_size=options.image_size, num_labels=CLASSES,
-        )  # fmt: skip
+        config = ViTConfig(**SIZES[options.size], image_size=options.image_size, num_labels=CLASSES)
         return ViTForImageClassification(config)
     images = hasattr(AutoConfig.from_pretrained(options.model_name_or_path), "image_size")
     kind = AutoModelForImageClassification if images else AutoModelForSequenceClassification
     return kind.from_pretrained(
         options.model_name_or_path, num_labels=CLASSES, ignore_mismatched_sizes=True, dtype=torch.float32
     )
+
+
+def title(options: argparse.Namespace) -> str:
+    if options.model_name_or_path is None:
+        return f"ViT, {options.size}, random weights"
+    return Path(options.model_name_or_path).name
 
 
 def make_inputs(config: Any, options: argparse.Namespace, examples: int) -> tuple[dict[str, Tensor], int]:
@@ -271,7 +280,9 @@ def summary(work: Work, methods: Sequence[Method], forwards: Sequence[float], me
         }
     ours = [kind for kind in options.kinds if kind in rows]
     return {
-        "model": Path(options.model_name_or_path).name if options.model_name_or_path else "ViT-S, random weights",
+        "model": Path(options.model_name_or_path).name
+        if options.model_name_or_path
+        else f"ViT, {options.size}, random weights",
         "layers": layers,
         "tokens": work.tokens,
         "examples": examples,

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_curvature import CLASSES, machine, make_inputs, make_model, peak_memory, spread, wait
+from bench_curvature import CLASSES, SIZES, machine, make_inputs, make_model, peak_memory, spread, title, wait
 from curvature_baselines import Inputs
 from spectrum_baselines import EIGENVALUES, TRACES, backpack_trace
 from torch import Tensor, nn
@@ -129,6 +129,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default=None)
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="of the ViT without a name")
     parser.add_argument("--feed_forward", action="store_true", help="a small chain in place of a transformer")
     parser.add_argument("--image_size", type=int, default=56, help="pixels, for a model of images")
     parser.add_argument("--sequence_length", type=int, default=32, help="tokens, for a model of text")
@@ -158,10 +159,9 @@ def make_work(options: argparse.Namespace, feed_forward: bool) -> Work:
         return Work("feed-forward network", chain, inputs, labels, [f"{i}.weight" for i in (0, 2, 4)], options)
     model = make_model(options).to(device).eval()
     named, tokens = make_inputs(model.config, options, options.examples)
-    title = Path(options.model_name_or_path).name if options.model_name_or_path else "ViT-S, random weights"
     names = [layer.name for layer in find_layers(model)[0]]
     moved = {key: value.to(device) for key, value in named.items()}
-    return Work(f"{title}, {tokens} tokens", model, moved, labels, names, options)
+    return Work(f"{title(options)}, {tokens} tokens", model, moved, labels, names, options)
 
 
 def make_methods(work: Work) -> tuple[list[Method], dict[str, str]]:

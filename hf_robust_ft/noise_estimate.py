@@ -34,14 +34,23 @@ FILE = "transition_estimate.json"
 MOST_EXAMPLES = 10_000
 
 
-def check_estimable(model: nn.Module, dataset: Any, label_names: list[str], asked: str, world_size: int = 1) -> None:
+def check_estimable(
+    model: nn.Module,
+    dataset: Any,
+    label_names: list[str],
+    asked: str,
+    world_size: int = 1,
+    *,
+    only_first_loads: bool = False,
+) -> None:
     """Refuse what T can't be estimated for, and labels have no posteriors for.
 
     Args:
         asked: the setting that needs it, for the message.
+        only_first_loads: whether the other processes have no weights yet.
 
     Raises:
-        ValueError: no training set, one without a length or places, or with fewer examples than processes; several
+        ValueError: a model that is sharded, or that only one process has; no training set, one without a length or places, or with fewer examples than processes; several
             label columns; a model without a backbone, or one that does not predict one class an example.
     """
     problem = None
@@ -51,11 +60,13 @@ def check_estimable(model: nn.Module, dataset: Any, label_names: list[str], aske
         problem = f"{type(dataset).__name__} has no length"
     elif isinstance(dataset, IterableDataset):
         problem = f"{type(dataset).__name__} is an IterableDataset, which gives no example by its place"
-    if has_shards(model):
+    if has_shards(model) or only_first_loads:
+        why = "cpu_ram_efficient_loading gives weights to the first one alone"
         raise ValueError(
-            f"{asked} needs features that each process computes by itself, which a sharded model does not give; "
-            "estimate T before (hf-robust-ft diagnose, or estimate_transition) and give its file as noise_transition, "
-            "with loss_correction='forward'"
+            f"{asked} needs features that each process computes by itself, but "
+            f"{why if only_first_loads else 'the model is sharded'}; estimate T before (hf-robust-ft diagnose, or "
+            "estimate_transition) and give its file as noise_transition, with loss_correction='forward'"
+            + (", or set cpu_ram_efficient_loading=False" if only_first_loads else "")
         )
     if problem is not None:
         raise ValueError(

@@ -21,6 +21,7 @@ from ..corrected_loss import loss_type
 from ..features import correction_of, num_classes, setting
 from ..noise_estimate import saved_estimate
 from ..noisy_evaluation import estimates_clean_accuracy
+from ..sharding import has_shards
 from .curvature import MeasuringTrainer
 
 
@@ -66,6 +67,7 @@ class CardTrainer(MeasuringTrainer):
         best = bool(args.load_best_model_at_end)
         metrics = metric_facts(self.state, best=best)
         known = self._transition is not None
+        table = self._trained_table if has_shards(self._model) else self.constraint_table()
         found: dict[str, Any] = {
             **model_facts(self._model),
             **data_facts(self.train_dataset),
@@ -80,7 +82,7 @@ class CardTrainer(MeasuringTrainer):
             },
             "selected_by": args.metric_for_best_model if best else None,
             "correction": correction_of(args),
-            "constraints": list(self.constraint_table()) if self.constraints else [],
+            "constraints": list(table or ()) if self.constraints else [],
             "radius_choice": None if self.radius_choice is None else str(self.radius_choice),
         }
         measured, report, bounds = self._measurement_now, None, []

@@ -34,6 +34,8 @@ class ConstrainedTrainer(CorrectedTrainer):
         self._constrained_model = self._model
         self._projection = ProjectionCallback(LayerConstraints(self._model, None))
         self._shards_are_due = False
+        # Distances of shards take all processes, and a card is written by one.
+        self._trained_table: ConstraintTable | None = None
         self._constrain(self._make_constraints())
 
     @property

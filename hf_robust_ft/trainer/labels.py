@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,18 +109,31 @@ class LabelTrainer(Trainer):
             return
         self._check_estimable()
         dataset, collate = self._without_unused_columns("noise estimation")
-        found = study_labels(
-            self._model,
-            dataset,
-            collate,
-            self.label_names[0],
-            num_classes(self._model, loss_type(self._model)),
-            self.args,
-            transition=None if estimate else self._transition,
-            posteriors=posteriors,
-        )
+        with self._on_device():
+            found = study_labels(
+                self._model,
+                dataset,
+                collate,
+                self.label_names[0],
+                num_classes(self._model, loss_type(self._model)),
+                self.args,
+                transition=None if estimate else self._transition,
+                posteriors=posteriors,
+            )
         self.noise_estimate = found.estimate or self.noise_estimate
         self.label_targets = found.targets or self.label_targets
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """The model where training will be; before FSDP it waits for that on the CPU."""
+        device = next(self._model.parameters()).device
+        if self._awaits_shards:
+            self._model.to(self.args.device)
+        try:
+            yield
+        finally:
+            if self._awaits_shards:
+                self._model.to(device)
 
     def _check_targets(self, targets: LabelTargets) -> None:
         """Posteriors of another T don't serve; a model that training has moved gives no others."""

@@ -8,18 +8,26 @@ NAME is a function below. What it returns goes to OUT/NAME-PROCESSES-RANK.json. 
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from launched import PROCESSES, answer, said
-from sharded import arguments as plain_arguments
+from launched import PROCESSES, RANK, answer, said
 from sharded import examples, flat, trained, whole_model
+from sharded import arguments as plain_arguments
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from hf_robust_ft import HessianRegularizedTrainer, RobustTrainingArguments
+from hf_robust_ft import HessianRegularizedTrainer, RobustTrainingArguments, read_card
+from hf_robust_ft.adapters import merged_name
 
 
 def arguments(folder: Path, *, fsdp: dict[str, Any] | None = None, **settings: Any) -> RobustTrainingArguments:
@@ -38,6 +46,160 @@ def trainer(out: Path) -> dict[str, Any]:
     return trained(out / f"trainer-{PROCESSES}", whole_model, arguments)
 
 
+def train(folder: Path, model: Any = None, resume: str | None = None, **settings: Any) -> HessianRegularizedTrainer:
+    """Four steps in balls, from a checkpoint or from the start."""
+    data = settings.pop("train_dataset", examples(32))
+    settings = {"layer_radius": {"*encoder*": 0.005}, "noise_transition": 0.2, "max_steps": 4} | settings
+    training = HessianRegularizedTrainer(
+        whole_model() if model is None else model,
+        settings.pop("made", None) or arguments(folder, **settings),
+        train_dataset=data,
+        eval_dataset=examples(6),
+    )
+    training.train(resume_from_checkpoint=resume and str(folder / resume))
+    assert training.is_fsdp_enabled == (PROCESSES > 1)
+    assert all(isinstance(parameter, DTensor) == (PROCESSES > 1) for parameter in training.model.parameters())
+    return training
+
+
+def summary(training: HessianRegularizedTrainer) -> dict[str, Any]:
+    return {
+        "weights": {merged_name(name, training.model): w for name, w in flat(training.model).items()},
+        "distances": training.constraints.distances(),
+        "active": [row.name for row in training.constraint_table() if row.active],
+        "centres": {row.name: row.centre for row in training.constraint_table()},
+    }
+
+
+def resuming(out: Path) -> dict[str, Any]:
+    """From either kind of checkpoint, with a model that has moved: weights and centres are those of the run."""
+    found: dict[str, Any] = {}
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        folder = out / f"resuming-{kind}-{PROCESSES}"
+        settings: dict[str, Any] = {"fsdp": {"state_dict_type": kind}, "save_steps": 2, "hessian_examples": 3}
+        settings |= {"eval_strategy": "steps", "eval_steps": 2, "l2sp_penalty": 0.1}
+        # The best is the one in the middle.
+        settings |= {"metric_for_best_model": "eval_loss", "load_best_model_at_end": kind == "FULL_STATE_DICT"}
+        for name, checkpoint in {"whole": None, "resumed": "checkpoint-2"}.items():
+            model = whole_model()
+            if checkpoint is not None:
+                for parameter in model.parameters():
+                    parameter.data.add_(0.1)
+            training = train(folder, model, checkpoint, **settings)
+            report = training.hessian_report
+            assert report is not None
+            best = Path(training.state.best_model_checkpoint or "").name
+            losses = [x["eval_loss"] for x in training.state.log_history if "eval_loss" in x]
+            distances = [layer.distance for layer in report.layers]
+            found[f"{kind} {name}"] = summary(training) | {"best": best, "losses": losses, "measured": distances}
+    return found
+
+
+def base(out: Path) -> None:
+    """A pretrained model without a head. By one process."""
+    whole_model().bert.save_pretrained(out / "base")
+
+
+def loading(out: Path) -> dict[str, Any]:
+    """Only the first process loads the weights, and makes the head; with ``relative`` the radii hang on weights."""
+    settings: dict[str, Any] = {"layer_radius": 0.01, "radius_mode": "relative", "l2sp_penalty": 0.1, "noise_transition": 0.2}
+    made = arguments(out / "loading", fsdp={"cpu_ram_efficient_loading": True}, max_steps=4, **settings)
+    os.environ["ACCELERATE_USE_FSDP"] = "true"  # as accelerate launch does
+    torch.manual_seed(5)
+    model = BertForSequenceClassification.from_pretrained(out / "base", num_labels=3, dtype=torch.float64)
+    if RANK > 0:
+        # Releases differ in what is here. Of several weights on the meta device Accelerate's optimizer would take one.
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                module.register_parameter(name, nn.Parameter(torch.zeros_like(parameter, device="cpu")))
+                module.get_parameter(name)._is_hf_initialized = True
+    training = train(out, model, made=made)
+    return summary(training) | {"radii": training.constraints.radii}
+
+
+def wrapped(out: Path) -> dict[str, Any]:
+    """Names and weights are as without what activation checkpointing and torch.compile put around modules."""
+    checkpointed = train(out / "wrapped", fsdp={"activation_checkpointing": True}, hessian_examples=3)
+    compiled = train(out / "wrapped", torch_compile_backend="eager", hessian_examples=3)
+    assert PROCESSES == 1 or "_checkpoint_wrapped_module" in str(checkpointed.model)
+    assert compiled._model is not compiled.model_wrapped
+    return {"checkpointed": summary(checkpointed), "compiled": summary(compiled)}
+
+
+def posteriors(out: Path) -> dict[str, Any]:
+    """Features come from the whole model, which each process has until training begins."""
+    return summary(train(out / f"posteriors-{PROCESSES}", loss_correction="posterior"))
+
+
+def precision(out: Path) -> dict[str, Any]:
+    """Half-precision weights are trained as float32 ones under bf16, and saved around centres in float32."""
+    training = train(out / "precision", whole_model().bfloat16(), bf16=True, hessian_penalty=0.01, l2sp_penalty=0.1)
+    return {
+        "types": sorted({str(parameter.dtype) for parameter in training.model.parameters()}),
+        "centres": sorted({str(centre.dtype) for centre in training.constraints.reference.values()}),
+        "inside": all(row.distance <= row.radius for row in training.constraint_table() if row.radius is not None),
+        "active": sum(row.active for row in training.constraint_table()),
+    }
+
+
+def tied(out: Path) -> dict[str, Any]:
+    """The head of a language model is its embedding; resuming, too."""
+    sizes = {"vocab_size": 41, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
+    config = GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+    def model() -> GPT2LMHeadModel:
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(config).double()
+
+    settings: dict[str, Any] = {"layer_radius": {"transformer.wte": 0.01}, "save_steps": 2, "noise_transition": None}
+    settings |= {"loss_correction": "gce", "fsdp": {"transformer_layer_cls_to_wrap": ["GPT2Block"]}}
+    settings["train_dataset"] = [{**row, "labels": row["input_ids"]} for row in examples(32)]
+    straight = train(out / f"tied-{PROCESSES}", model(), **settings)
+    resumed = train(out / f"tied-{PROCESSES}", model(), "checkpoint-2", **settings)
+    assert straight.model.lm_head.weight is straight.model.transformer.wte.weight
+    return {"straight": summary(straight), "resumed": summary(resumed)}
+
+
+def freed(out: Path) -> dict[str, Any]:
+    """No whole weight is left once all are sharded."""
+    model = whole_model()
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    training = train(out / "freed", model, hessian_examples=3, save_strategy="no")
+    del model
+    gc.collect()
+    return {"left": sum(weight() is not None for weight in weights), "trained": training.state.global_step}
+
+
+def card(out: Path) -> dict[str, Any]:
+    """Written by the first process alone."""
+    folder = out / f"card-{PROCESSES}"
+    training = train(folder, save_strategy="no")
+    if RANK > 0:
+        return {}
+    training.create_model_card()
+    return {"rows": [dataclasses.asdict(row) for row in read_card(folder)[0].constraints]}
+
+
+def refusals(out: Path) -> dict[str, str]:
+    """What can't work is refused when the Trainer is made."""
+    first = {"version": 1, "sync_module_states": False}  # which would look for a GPU
+    unloaded = {"cpu_ram_efficient_loading": True}
+    settings: dict[str, dict[str, Any]] = {
+        "auto": {"layer_radius": "auto"},
+        "LoRA": {"layer_radius": 0.1},
+        "estimate": {"noise_transition": "estimate", "fsdp": unloaded},
+        "posterior": {"noise_transition": 0.2, "loss_correction": "posterior", "fsdp": unloaded},
+        **{f"{name} 1": {name: 0.1, "fsdp": first} for name in ("layer_radius", "l2sp_penalty", "hessian_penalty")},
+    }
+    found = {}
+    for name, setting in settings.items():
+        model = get_peft_model(whole_model(), LoraConfig(target_modules=["query"])) if name == "LoRA" else whole_model()
+        made = arguments(out / "refused", **setting)
+        data = {"train_dataset": examples(32), "eval_dataset": examples(6)}
+        found[name] = said(lambda made=made, model=model, data=data: HessianRegularizedTrainer(model, made, **data))
+    return found
+
+
 if __name__ == "__main__":
     assert PartialState(cpu=True).num_processes == PROCESSES
-    answer(trainer)
+    answer(trainer, resuming, base, loading, wrapped, posteriors, precision, tied, freed, card, refusals)

@@ -50,8 +50,9 @@ def check_estimable(
         only_first_loads: whether the other processes have no weights yet.
 
     Raises:
-        ValueError: a model that is sharded, or that only one process has; no training set, one without a length or places, or with fewer examples than processes; several
-            label columns; a model without a backbone, or one that does not predict one class an example.
+        ValueError: a model that is sharded, or that only one process has; no training set, one without a length or
+            places, or with fewer examples than processes; several label columns; a model without a backbone, or one
+            that does not predict one class an example.
     """
     problem = None
     if dataset is None:
@@ -61,12 +62,12 @@ def check_estimable(
     elif isinstance(dataset, IterableDataset):
         problem = f"{type(dataset).__name__} is an IterableDataset, which gives no example by its place"
     if has_shards(model) or only_first_loads:
-        why = "cpu_ram_efficient_loading gives weights to the first one alone"
+        why = "the model is sharded"
+        if only_first_loads:
+            why = "with cpu_ram_efficient_loading only the first one has the model (False works)"
         raise ValueError(
-            f"{asked} needs features that each process computes by itself, but "
-            f"{why if only_first_loads else 'the model is sharded'}; estimate T before (hf-robust-ft diagnose, or "
-            "estimate_transition) and give its file as noise_transition, with loss_correction='forward'"
-            + (", or set cpu_ram_efficient_loading=False" if only_first_loads else "")
+            f"{asked} needs features that each process computes by itself, but {why}; estimate T before (hf-robust-ft "
+            "diagnose, or estimate_transition) and give its file as noise_transition, with loss_correction='forward'"
         )
     if problem is not None:
         raise ValueError(

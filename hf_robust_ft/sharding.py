@@ -53,7 +53,8 @@ def over_shards(value: Tensor, weight: Tensor, how: Literal["sum", "max"] = "sum
     if not isinstance(weight, DTensor):
         return value
     placements = [Replicate() if p.is_replicate() else Partial(how) for p in weight.placements]
-    return DTensor.from_local(value, weight.device_mesh, placements, run_check=False).full_tensor()
+    total = DTensor.from_local(value, weight.device_mesh, placements, run_check=False).full_tensor()
+    return total.to(value.device)  # FSDP2 may keep shards of a GPU's mesh on the CPU
 
 
 def over_shards_at_once(values: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:

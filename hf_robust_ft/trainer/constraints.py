@@ -72,7 +72,9 @@ class ConstrainedTrainer(CorrectedTrainer):
             fresh = broadcast_object_list([self.constraints.fresh])[0]
             # A weight that is held here would stay whole beside its shards.
             self._drop_constraints(fresh)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
         self._follow_shards()
         return prepared
 

@@ -125,15 +125,16 @@ class LabelTrainer(Trainer):
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
-        """The model where training will be; before FSDP it waits for that on the CPU."""
+        """The model where it will be trained. FSDP lets it wait for that on the CPU, where features take for ever."""
+        if not self._awaits_shards:
+            yield
+            return
         device = next(self._model.parameters()).device
-        if self._awaits_shards:
-            self._model.to(self.args.device)
         try:
+            self._model.to(self.args.device)
             yield
         finally:
-            if self._awaits_shards:
-                self._model.to(device)
+            self._model.to(device)
 
     def _check_targets(self, targets: LabelTargets) -> None:
         """Posteriors of another T don't serve; a model that training has moved gives no others."""

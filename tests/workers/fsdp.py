@@ -19,9 +19,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from launched import PROCESSES, RANK, answer, said
-from sharded import examples, flat, trained, whole_model
-from sharded import arguments as plain_arguments
 from peft import LoraConfig, get_peft_model
+from sharded import arguments as plain_arguments
+from sharded import examples, flat, trained, whole_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -102,8 +102,10 @@ def base(out: Path) -> None:
 
 def loading(out: Path) -> dict[str, Any]:
     """Only the first process loads the weights, and makes the head; with ``relative`` the radii hang on weights."""
-    settings: dict[str, Any] = {"layer_radius": 0.01, "radius_mode": "relative", "l2sp_penalty": 0.1, "noise_transition": 0.2}
-    made = arguments(out / "loading", fsdp={"cpu_ram_efficient_loading": True}, max_steps=4, **settings)
+    settings: dict[str, Any] = {"layer_radius": 0.01, "radius_mode": "relative", "l2sp_penalty": 0.1, "max_steps": 4}
+    made = arguments(
+        out / "loading", fsdp={"cpu_ram_efficient_loading": True}, noise_transition=0.2, save_strategy="no", **settings
+    )
     os.environ["ACCELERATE_USE_FSDP"] = "true"  # as accelerate launch does
     torch.manual_seed(5)
     model = BertForSequenceClassification.from_pretrained(out / "base", num_labels=3, dtype=torch.float64)

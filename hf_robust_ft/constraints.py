@@ -22,7 +22,7 @@ from .layers import Layer, NotALayer, find_layers
 from .penalties import add_l2sp_gradient
 from .projection import TOGETHER, Norm, distance, magnitude, project_, project_together_, square_distance
 from .reference import capture_reference, reference_weight
-from .sharding import is_sharded, over_shards_at_once
+from .sharding import is_sharded, over_shards_at_once, reshard
 from .stored import Count, Size
 
 Radius = float | Mapping[str, float | None] | None
@@ -181,6 +181,7 @@ class LayerConstraints:
             remedy = f"Use LoRA without variants, fine-tune the full weights, or set {asked}={off}"
             find_adapters(model).refuse(asked, remedy)
         self.norm: Norm = norm
+        reshard(model)
         layers, self._others = find_layers(model)
         if fresh is not None:
             layers = [replace(layer, fresh=layer.name in fresh) for layer in layers]

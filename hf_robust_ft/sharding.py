@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 
@@ -20,7 +21,15 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def has_shards(model: nn.Module) -> bool:
     """Whether other processes hold other parts of some of its weights."""
-    return any(is_sharded(parameter) for parameter in model.parameters())
+    managed = any(isinstance(module, FSDPModule) for module in model.modules())
+    return managed or any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """The shards that are trained in the place of whole weights, as FSDP2 leaves some after a forward pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def shard(tensor: Tensor) -> Tensor:

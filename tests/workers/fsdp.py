@@ -63,7 +63,10 @@ def train(folder: Path, model: Any = None, resume: str | None = None, **settings
 
 
 def summary(training: HessianRegularizedTrainer) -> dict[str, Any]:
+    report = training.hessian_report
+    assert (report is None) == (training.args.hessian_examples == 0)
     return {
+        "measured": [] if report is None else [(layer.distance, layer.upper.maximum) for layer in report.layers],
         "weights": {merged_name(name, training.model): w for name, w in flat(training.model).items()},
         "distances": training.constraints.distances(),
         "active": [row.name for row in training.constraint_table() if row.active],
@@ -86,12 +89,9 @@ def resuming(out: Path) -> dict[str, Any]:
                 for parameter in model.parameters():
                     parameter.data.add_(0.1)
             training = train(folder, model, checkpoint, **settings)
-            report = training.hessian_report
-            assert report is not None
             best = Path(training.state.best_model_checkpoint or "").name
             losses = [x["eval_loss"] for x in training.state.log_history if "eval_loss" in x]
-            distances = [layer.distance for layer in report.layers]
-            found[f"{kind} {name}"] = summary(training) | {"best": best, "losses": losses, "measured": distances}
+            found[f"{kind} {name}"] = summary(training) | {"best": best, "losses": losses}
     return found
 
 
@@ -117,6 +117,14 @@ def loading(out: Path) -> dict[str, Any]:
                 module.get_parameter(name)._is_hf_initialized = True
     training = train(out, model, made=made)
     return summary(training) | {"radii": training.constraints.radii}
+
+
+def again(out: Path) -> dict[str, Any]:
+    """After an evaluation, which leaves some weights whole, training goes on around the same centres."""
+    training = train(out / "again", layer_radius={"*pooler*": 0.01, "*encoder*": 0.005}, save_strategy="no")
+    training.evaluate()
+    training.train()
+    return summary(training)
 
 
 def wrapped(out: Path) -> dict[str, Any]:
@@ -204,4 +212,4 @@ def refusals(out: Path) -> dict[str, str]:
 
 if __name__ == "__main__":
     assert PartialState(cpu=True).num_processes == PROCESSES
-    answer(trainer, resuming, base, loading, wrapped, posteriors, precision, tied, freed, card, refusals)
+    answer(trainer, resuming, base, loading, again, wrapped, posteriors, precision, tied, freed, card, refusals)

@@ -10,7 +10,7 @@ from torchrun import close, results, run
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(800)]
 
-SAME = ["trainer", "resuming", "loading", "wrapped", "posteriors", "tied"]
+SAME = ["trainer", "resuming", "loading", "again", "wrapped", "posteriors", "tied"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_two_processes_train_shards_as_one_trains_the_whole(runs: Path, name: st
 
 def test_what_was_compared_is_not_empty(runs: Path) -> None:
     found: dict[str, Any] = {name: results(runs, name, 2)[0] for name in SAME}
-    for name in ("trainer", "loading", "posteriors"):
+    for name in ("trainer", "loading", "again", "posteriors"):
         assert found[name]["active"], name
     for name in ("wrapped", "tied", "resuming"):
         assert all(case["active"] for case in found[name].values()), name

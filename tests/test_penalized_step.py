@@ -392,7 +392,9 @@ def test_settings_that_cannot_work_are_refused_at_once(tmp_path: Path, settings:
 def test_sharded_training_is_refused(tmp_path: Path, setting: str, flag: str, by: str) -> None:
     trainer = tiny.trainer(tmp_path, **{setting: 0.1})
     setattr(trainer, f"is_{flag}_enabled", True)  # the flags that Trainer sets
-    with pytest.raises(ValueError, match=rf"{setting}=0\.1 does not work with {by}; use FSDP .*or DDP.*set {setting}=0"):
+    with pytest.raises(
+        ValueError, match=rf"{setting}=0\.1 does not work with {by}; use FSDP .*or DDP.*set {setting}=0"
+    ):
         trainer._hp_search_setup(None)
 
 

@@ -28,6 +28,7 @@ from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadMo
 
 from hf_robust_ft import HessianRegularizedTrainer, RobustTrainingArguments, read_card
 from hf_robust_ft.adapters import merged_name
+from hf_robust_ft.sharding import reshard
 
 
 def arguments(folder: Path, *, fsdp: dict[str, Any] | None = None, **settings: Any) -> RobustTrainingArguments:
@@ -57,6 +58,7 @@ def train(folder: Path, model: Any = None, resume: str | None = None, **settings
         eval_dataset=examples(6),
     )
     training.train(resume_from_checkpoint=resume and str(folder / resume))
+    reshard(training.model)
     assert training.is_fsdp_enabled == (PROCESSES > 1)
     assert all(isinstance(parameter, DTensor) == (PROCESSES > 1) for parameter in training.model.parameters())
     return training
@@ -120,10 +122,13 @@ def loading(out: Path) -> dict[str, Any]:
 
 
 def again(out: Path) -> dict[str, Any]:
-    """After an evaluation, which leaves some weights whole, training goes on around the same centres."""
-    training = train(out / "again", layer_radius={"*pooler*": 0.01, "*encoder*": 0.005}, save_strategy="no")
-    training.evaluate()
+    """Evaluations leave some weights whole; noise and balls are those of the shards, and centres the first ones."""
+    settings: dict[str, Any] = {"layer_radius": {"*pooler*": 0.01, "*encoder*": 0.005}, "hessian_penalty": 0.05}
+    settings |= {"optim": "sgd", "learning_rate": 0.3, "eval_strategy": "steps", "eval_steps": 1, "l2sp_penalty": 0.1}
+    settings |= {"per_device_train_batch_size": 4 // PROCESSES, "gradient_accumulation_steps": 2}
+    training = train(out / "again", save_strategy="no", **settings)
     training.train()
+    reshard(training.model)
     return summary(training)
 
 

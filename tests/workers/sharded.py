@@ -171,11 +171,10 @@ def load(out: Path) -> Any:
 
 
 def arguments(folder: Path, **settings: Any) -> RobustTrainingArguments:
-    made = RobustTrainingArguments(
-        str(folder), use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=8 // PROCESSES,
-        per_device_eval_batch_size=2, train_sampling_strategy="sequential", lr_scheduler_type="constant",
-        learning_rate=0.01, max_grad_norm=1e9, logging_steps=1, **settings,
-    )  # fmt: skip
+    common = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 8 // PROCESSES}
+    common |= {"per_device_eval_batch_size": 2, "train_sampling_strategy": "sequential", "learning_rate": 0.01}
+    common |= {"lr_scheduler_type": "constant", "max_grad_norm": 1e9, "logging_steps": 1}
+    made = RobustTrainingArguments(str(folder), **(common | settings))
     assert made.world_size == PROCESSES
     return made
 

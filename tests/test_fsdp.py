@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
+from packaging.version import Version
 from torchrun import close, results, run
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(800)]
 
-SAME = ["trainer", "resuming", "loading", "again", "wrapped", "posteriors", "tied"]
+# Accelerate 1.14 unties the weights that it shards.
+KEEPS_TIES = Version(accelerate.__version__) >= Version("1.15.0")
+SAME = ["trainer", "resuming", "loading", "again", "wrapped", "posteriors", *(["tied"] if KEEPS_TIES else [])]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def test_what_was_compared_is_not_empty(runs: Path) -> None:
     found: dict[str, Any] = {name: results(runs, name, 2)[0] for name in SAME}
     for name in ("trainer", "loading", "again", "posteriors"):
         assert found[name]["active"], name
-    for name in ("wrapped", "tied", "resuming"):
+    for name in {"wrapped", "tied", "resuming"} & found.keys():
         assert all(case["active"] for case in found[name].values()), name
     assert len(found["trainer"]["upper"]) == 17
     # Of the new head, which only the first process has made, no other one would know.
@@ -51,12 +55,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(runs: Path) -> None:
         assert found[f"{kind} whole"]["best"] == "checkpoint-2"
     # With the first kind the best weights were loaded in the end; else it would show no more than steps before it.
     assert found["FULL_STATE_DICT whole"]["weights"] != found["SHARDED_STATE_DICT whole"]["weights"]
-    assert results(runs, "tied", 2)[0]["resumed"] == results(runs, "tied", 2)[0]["straight"]
+    if KEEPS_TIES:
+        tied = results(runs, "tied", 2)[0]
+        assert tied["resumed"] == tied["straight"]
 
 
 def test_names_are_those_without_wrappers(runs: Path) -> None:
     wrapped = results(runs, "wrapped", 2)[0]
-    assert wrapped["checkpointed"] == wrapped["compiled"]
+    close(wrapped["checkpointed"], wrapped["compiled"], "wrapped")
 
 
 def test_balls_hold_in_mixed_precision(runs: Path) -> None:

@@ -35,7 +35,10 @@ def arguments(folder: Path, *, fsdp: dict[str, Any] | None = None, **settings: A
     if PROCESSES == 1:
         return plain_arguments(folder, **settings)
     config = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], **(fsdp or {})}
-    os.environ["FSDP_STATE_DICT_TYPE"] = config.get("state_dict_type", "FULL_STATE_DICT")  # older releases read it here
+    # Where older releases read it.
+    os.environ["FSDP_STATE_DICT_TYPE"] = config.get("state_dict_type", "FULL_STATE_DICT")
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(config["transformer_layer_cls_to_wrap"])
     made = plain_arguments(folder, fsdp=True, fsdp_config=config, **settings)
     # Accelerate shards on several GPUs only. Told that these are some, it does all that it does there, over gloo.
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -44,7 +47,9 @@ def arguments(folder: Path, *, fsdp: dict[str, Any] | None = None, **settings: A
 
 def trainer(out: Path) -> dict[str, Any]:
     """All features."""
-    return trained(out / f"trainer-{PROCESSES}", whole_model, arguments)
+    found = trained(out / f"trainer-{PROCESSES}", whole_model, arguments)
+    del found["grad_norm"]  # which Accelerate logs, older ones (1.14) of the shards of one process
+    return found
 
 
 def train(folder: Path, model: Any = None, resume: str | None = None, **settings: Any) -> HessianRegularizedTrainer:

@@ -272,8 +272,8 @@ def without_adapters(model: nn.Module) -> nn.Module:
 
 
 def merged_name(name: str, model: nn.Module) -> str:
-    """What a parameter or module is called in the merged model: without the names of PEFT's wrappers, nor of those of
-    torch.compile and activation checkpointing, which come with FSDP."""
+    """What a parameter or module is called in the merged model: without the names of the wrappers of PEFT, and of
+    those that torch.compile and activation checkpointing put around blocks."""
     module: nn.Module | None = model
     parts, kept = name.split("."), []
     while parts:

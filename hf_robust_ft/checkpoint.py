@@ -27,7 +27,7 @@ UNFINISHED_FILE = "_unfinished"
 FILES_FILE = "_files.json"
 """The sizes of a checkpoint's files, without which Trainer would go on with a new optimizer and say nothing."""
 RESUMED_FROM = (".safetensors", ".bin", ".pt", ".pth")
-SHARD = ".distcp"
+SHARD = ".distcp"  # of torch.distributed.checkpoint, which FSDP2 writes
 # model.safetensors, adapter_model.bin, mp_rank_00_model_states.pt, …, but not tokenizer.model.
 ANY_WEIGHTS = "*model[-_.]*"
 

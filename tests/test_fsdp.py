@@ -10,6 +10,8 @@ import pytest
 from packaging.version import Version
 from torchrun import close, results, run
 
+from hf_robust_ft.checkpoint import last_complete_checkpoint
+
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(800)]
 
 # Accelerate 1.14 unties the weights that it shards.
@@ -58,6 +60,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(runs: Path) -> None:
     if KEEPS_TIES:
         tied = results(runs, "tied", 2)[0]
         assert tied["resumed"] == tied["straight"]
+
+
+def test_a_checkpoint_that_lacks_a_shard_is_passed_over(runs: Path) -> None:
+    folder = runs / "resuming-SHARDED_STATE_DICT-2"
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-4")
+    next((folder / "checkpoint-4" / "pytorch_model_fsdp_0").glob("*.distcp")).unlink()
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-2")
 
 
 def test_names_are_those_without_wrappers(runs: Path) -> None:

@@ -48,7 +48,8 @@ class CardTrainer(MeasuringTrainer):
         """Write ``README.md`` with what was measured, its pictures, and the JSON that it is made from.
 
         The signature is ``Trainer``'s; what it has no argument for is set in :attr:`card_data` before. Nothing is
-        measured here: that is :meth:`measure_hessian`'s. One process writes, and no other is waited for.
+        measured here: that is :meth:`measure_hessian`'s. One process writes, and no other is waited for: of a sharded
+        model, distances are those at the end of training.
         """
         if not self.is_world_process_zero():
             return

@@ -58,6 +58,7 @@ class ConstrainedTrainer(CorrectedTrainer):
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
+        self._trained_table = None
         if self._awaits_shards:
             self._constrained_model = self._model
             self._constrain(self._make_constraints())  # the settings may be others than before

@@ -83,7 +83,8 @@ class MeasuringTrainer(RadiusTrainer):
             metric_key_prefix: of the metrics: see :func:`~hf_robust_ft.hessian_measurement.hessian_metrics`.
 
         Raises:
-            ValueError: a sharded model, or what :func:`~hf_robust_ft.measure_hessian` refuses.
+            ValueError: a model sharded by DeepSpeed or FSDP version 1, or what
+                :func:`~hf_robust_ft.measure_hessian` refuses.
             ReferenceMismatch: no reference, or one of other layers or shapes.
             MeasurementStopped: an error after some examples; what was found until then is saved all the same.
             NotWritten: the report can't be saved; :attr:`hessian_report` has it.

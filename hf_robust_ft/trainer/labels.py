@@ -126,15 +126,14 @@ class LabelTrainer(Trainer):
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
         """The model where it will be trained. FSDP lets it wait for that on the CPU, where features take for ever."""
-        if not self._awaits_shards:
-            yield
-            return
-        device = next(self._model.parameters()).device
+        waits = self._awaits_shards and next(self._model.parameters()).device.type == "cpu"
         try:
-            self._model.to(self.args.device)
+            if waits:
+                self._model.to(self.args.device)
             yield
         finally:
-            self._model.to(device)
+            if waits:
+                self._model.to("cpu")
 
     def _check_targets(self, targets: LabelTargets) -> None:
         """Posteriors of another T don't serve; a model that training has moved gives no others."""

@@ -39,7 +39,12 @@ def shard(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of it, on every process; the tensor itself where it is not sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Processes of a GPU's mesh talk by GPU, also of shards that FSDP2 has offloaded to the CPU.
+    there = tensor.to(tensor.device_mesh.device_type)
+    assert isinstance(there, DTensor)
+    return there.full_tensor()
 
 
 def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
@@ -53,8 +58,8 @@ def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
     tensor = tensor.to(other.device, other.dtype)
     if isinstance(tensor, DTensor):
         return tensor
-    # Each process cuts its own part out: nothing is sent.
-    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+    # Each process cuts its own part out, on the mesh's device: nothing is sent.
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None).to(other.device)
 
 
 def over_shards(value: Tensor, weight: Tensor, how: Literal["sum", "max"] = "sum") -> Tensor:
@@ -63,7 +68,7 @@ def over_shards(value: Tensor, weight: Tensor, how: Literal["sum", "max"] = "sum
         return value
     placements = [Replicate() if p.is_replicate() else Partial(how) for p in weight.placements]
     total = DTensor.from_local(value, weight.device_mesh, placements, run_check=False).full_tensor()
-    return total.to(value.device)  # FSDP2 may keep shards of a GPU's mesh on the CPU
+    return total.to(value.device)
 
 
 def over_shards_at_once(values: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:

@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def arguments(folder: Path, *, fsdp: dict[str, Any] | None = None, **settings: A
     if PROCESSES == 1:
         return plain_arguments(folder, **settings)
     config = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], **(fsdp or {})}
-    # Where older releases read it.
+    # As accelerate launch does; older releases read some of it here only.
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
     os.environ["FSDP_STATE_DICT_TYPE"] = config.get("state_dict_type", "FULL_STATE_DICT")
     os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(config["transformer_layer_cls_to_wrap"])
@@ -52,16 +54,15 @@ def trainer(out: Path) -> dict[str, Any]:
     return found
 
 
-def train(folder: Path, model: Any = None, resume: str | None = None, **settings: Any) -> HessianRegularizedTrainer:
+def train(
+    folder: Path, build: Callable[[], Any] = whole_model, resume: str | None = None, **settings: Any
+) -> HessianRegularizedTrainer:
     """Four steps in balls, from a checkpoint or from the start."""
     data = settings.pop("train_dataset", examples(32))
-    settings = {"layer_radius": {"*encoder*": 0.005}, "noise_transition": 0.2, "max_steps": 4} | settings
-    training = HessianRegularizedTrainer(
-        whole_model() if model is None else model,
-        settings.pop("made", None) or arguments(folder, **settings),
-        train_dataset=data,
-        eval_dataset=examples(6),
-    )
+    common = {"layer_radius": {"*encoder*": 0.005}, "noise_transition": 0.2, "max_steps": 4}
+    common["save_strategy"] = "steps" if "save_steps" in settings else "no"
+    made = arguments(folder, **(common | settings))  # first: it says how models are loaded
+    training = HessianRegularizedTrainer(build(), made, train_dataset=data, eval_dataset=examples(6))
     training.train(resume_from_checkpoint=resume and str(folder / resume))
     reshard(training.model)
     assert training.is_fsdp_enabled == (PROCESSES > 1)
@@ -83,6 +84,13 @@ def summary(training: HessianRegularizedTrainer) -> dict[str, Any]:
 
 def resuming(out: Path) -> dict[str, Any]:
     """From either kind of checkpoint, with a model that has moved: weights and centres are those of the run."""
+
+    def moved() -> Any:
+        model = whole_model()
+        for parameter in model.parameters():
+            parameter.data.add_(0.1)
+        return model
+
     found: dict[str, Any] = {}
     for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
         folder = out / f"resuming-{kind}-{PROCESSES}"
@@ -90,12 +98,8 @@ def resuming(out: Path) -> dict[str, Any]:
         settings |= {"eval_strategy": "steps", "eval_steps": 2, "l2sp_penalty": 0.1}
         # The best is the one in the middle.
         settings |= {"metric_for_best_model": "eval_loss", "load_best_model_at_end": kind == "FULL_STATE_DICT"}
-        for name, checkpoint in {"whole": None, "resumed": "checkpoint-2"}.items():
-            model = whole_model()
-            if checkpoint is not None:
-                for parameter in model.parameters():
-                    parameter.data.add_(0.1)
-            training = train(folder, model, checkpoint, **settings)
+        for name, start in {"whole": (whole_model, None), "resumed": (moved, "checkpoint-2")}.items():
+            training = train(folder, *start, **settings)
             best = Path(training.state.best_model_checkpoint or "").name
             losses = [x["eval_loss"] for x in training.state.log_history if "eval_loss" in x]
             found[f"{kind} {name}"] = summary(training) | {"best": best, "losses": losses}
@@ -109,20 +113,20 @@ def base(out: Path) -> None:
 
 def loading(out: Path) -> dict[str, Any]:
     """Only the first process loads the weights, and makes the head; with ``relative`` the radii hang on weights."""
-    settings: dict[str, Any] = {"layer_radius": 0.01, "radius_mode": "relative", "l2sp_penalty": 0.1, "max_steps": 4}
-    made = arguments(
-        out / "loading", fsdp={"cpu_ram_efficient_loading": True}, noise_transition=0.2, save_strategy="no", **settings
-    )
-    os.environ["ACCELERATE_USE_FSDP"] = "true"  # as accelerate launch does
-    torch.manual_seed(5)
-    model = BertForSequenceClassification.from_pretrained(out / "base", num_labels=3, dtype=torch.float64)
-    if RANK > 0:
-        # Releases differ in what is here. Of several weights on the meta device Accelerate's optimizer would take one.
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                module.register_parameter(name, nn.Parameter(torch.zeros_like(parameter, device="cpu")))
-                module.get_parameter(name)._is_hf_initialized = True
-    training = train(out, model, made=made)
+
+    def load() -> Any:
+        torch.manual_seed(5)
+        model = BertForSequenceClassification.from_pretrained(out / "base", num_labels=3, dtype=torch.float64)
+        if RANK > 0:
+            # Releases differ in what is here; Accelerate's optimizer mixes up weights on the meta device.
+            for module in model.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    module.register_parameter(name, nn.Parameter(torch.zeros_like(parameter, device="cpu")))
+                    module.get_parameter(name)._is_hf_initialized = True
+        return model
+
+    settings: dict[str, Any] = {"layer_radius": 0.01, "radius_mode": "relative", "l2sp_penalty": 0.1}
+    training = train(out / "loading", load, fsdp={"cpu_ram_efficient_loading": True}, **settings)
     return summary(training) | {"radii": training.constraints.radii}
 
 
@@ -131,7 +135,7 @@ def again(out: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {"layer_radius": {"*pooler*": 0.01, "*encoder*": 0.005}, "hessian_penalty": 0.05}
     settings |= {"optim": "sgd", "learning_rate": 0.3, "eval_strategy": "steps", "eval_steps": 1, "l2sp_penalty": 0.1}
     settings |= {"per_device_train_batch_size": 4 // PROCESSES, "gradient_accumulation_steps": 2}
-    training = train(out / "again", save_strategy="no", **settings)
+    training = train(out / "again", **settings)
     training.train()
     reshard(training.model)
     return summary(training)
@@ -153,7 +157,8 @@ def posteriors(out: Path) -> dict[str, Any]:
 
 def precision(out: Path) -> dict[str, Any]:
     """Half-precision weights are trained as float32 ones under bf16, and saved around centres in float32."""
-    training = train(out / "precision", whole_model().bfloat16(), bf16=True, hessian_penalty=0.01, l2sp_penalty=0.1)
+    penalties = {"hessian_penalty": 0.01, "l2sp_penalty": 0.1}
+    training = train(out / "precision", lambda: whole_model().bfloat16(), bf16=True, **penalties)
     return {
         "types": sorted({str(parameter.dtype) for parameter in training.model.parameters()}),
         "centres": sorted({str(centre.dtype) for centre in training.constraints.reference.values()}),
@@ -167,25 +172,29 @@ def tied(out: Path) -> dict[str, Any]:
     sizes = {"vocab_size": 41, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
     config = GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
-    def model() -> GPT2LMHeadModel:
+    def build() -> GPT2LMHeadModel:
         torch.manual_seed(0)
         return GPT2LMHeadModel(config).double()
 
     settings: dict[str, Any] = {"layer_radius": {"transformer.wte": 0.01}, "save_steps": 2, "noise_transition": None}
     settings |= {"loss_correction": "gce", "fsdp": {"transformer_layer_cls_to_wrap": ["GPT2Block"]}}
     settings["train_dataset"] = [{**row, "labels": row["input_ids"]} for row in examples(32)]
-    straight = train(out / f"tied-{PROCESSES}", model(), **settings)
-    resumed = train(out / f"tied-{PROCESSES}", model(), "checkpoint-2", **settings)
+    straight = train(out / f"tied-{PROCESSES}", build, **settings)
+    resumed = train(out / f"tied-{PROCESSES}", build, "checkpoint-2", **settings)
     assert straight.model.lm_head.weight is straight.model.transformer.wte.weight
     return {"straight": summary(straight), "resumed": summary(resumed)}
 
 
 def freed(out: Path) -> dict[str, Any]:
     """No whole weight is left once all are sharded."""
-    model = whole_model()
-    weights = [weakref.ref(parameter) for parameter in model.parameters()]
-    training = train(out / "freed", model, hessian_examples=3, save_strategy="no")
-    del model
+    weights: list[weakref.ref[nn.Parameter]] = []
+
+    def build() -> Any:
+        model = whole_model()
+        weights.extend(weakref.ref(parameter) for parameter in model.parameters())
+        return model
+
+    training = train(out / "freed", build, hessian_examples=3)
     gc.collect()
     return {"left": sum(weight() is not None for weight in weights), "trained": training.state.global_step}
 
@@ -193,7 +202,7 @@ def freed(out: Path) -> dict[str, Any]:
 def card(out: Path) -> dict[str, Any]:
     """Written by the first process alone."""
     folder = out / f"card-{PROCESSES}"
-    training = train(folder, save_strategy="no")
+    training = train(folder)
     if RANK > 0:
         return {}
     training.create_model_card()

@@ -272,12 +272,15 @@ def without_adapters(model: nn.Module) -> nn.Module:
 
 
 def merged_name(name: str, model: nn.Module) -> str:
-    """What a parameter or module is called in the merged model: without the names of PEFT's wrappers."""
+    """What a parameter or module is called in the merged model: without the names of the wrappers of PEFT, and of
+    those that torch.compile and activation checkpointing put around blocks."""
     module: nn.Module | None = model
     parts, kept = name.split("."), []
     while parts:
         part = parts.pop(0)
-        if module is None or not _is_peft(module):
+        if part in ("_orig_mod", "_checkpoint_wrapped_module"):
+            pass
+        elif module is None or not _is_peft(module):
             kept.append(part)
         elif part == "modules_to_save" and (not parts or parts[0] in _active(module)):  # and the name of the adapter
             module, part = module._modules.get(part), parts.pop(0) if parts else ""

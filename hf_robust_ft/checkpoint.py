@@ -27,6 +27,7 @@ UNFINISHED_FILE = "_unfinished"
 FILES_FILE = "_files.json"
 """The sizes of a checkpoint's files, without which Trainer would go on with a new optimizer and say nothing."""
 RESUMED_FROM = (".safetensors", ".bin", ".pt", ".pth")
+SHARD = ".distcp"  # of torch.distributed.checkpoint, which FSDP2 writes
 # model.safetensors, adapter_model.bin, mp_rank_00_model_states.pt, …, but not tokenizer.model.
 ANY_WEIGHTS = "*model[-_.]*"
 
@@ -128,7 +129,7 @@ def saved_last(state: TrainerState, checkpoint: Path, writes: bool) -> Iterator[
     """
 
     def save_to_json(json_path: str) -> None:
-        files = [path for path in sorted(checkpoint.rglob("*")) if path.suffix in RESUMED_FROM]
+        files = [path for path in sorted(checkpoint.rglob("*")) if path.suffix in (*RESUMED_FROM, SHARD)]
         sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
         with written_whole(checkpoint / FILES_FILE) as temporary:
             temporary.write_text(json.dumps(sizes, indent=1), encoding="utf-8")

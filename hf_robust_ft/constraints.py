@@ -22,7 +22,7 @@ from .layers import Layer, NotALayer, find_layers
 from .penalties import add_l2sp_gradient
 from .projection import TOGETHER, Norm, distance, magnitude, project_, project_together_, square_distance
 from .reference import capture_reference, reference_weight
-from .sharding import is_sharded, over_shards_at_once
+from .sharding import is_sharded, over_shards_at_once, reshard
 from .stored import Count, Size
 
 Radius = float | Mapping[str, float | None] | None
@@ -146,6 +146,8 @@ class LayerConstraints:
             checkpoint no longer tells. By default those that :func:`find_layers` names.
         penalty: λ of the L2-SP penalty ``λ/2 Σ_i ‖W_i - W_i^ref‖_F²`` over all layers, with or without a radius, but
             the freshly initialised ones: their initial weights hold no knowledge to stay close to.
+        before_sharding: the model will be sharded before it is trained, and constraints made anew from its shards.
+            These are only to look at: each layer is its own centre, and nothing is copied.
 
     Raises:
         ValueError: a negative or NaN radius, a pattern without a match, a growth that is not positive, a
@@ -166,6 +168,7 @@ class LayerConstraints:
         capture_missing: bool = False,
         fresh: Collection[str] | None = None,
         penalty: float = 0.0,
+        before_sharding: bool = False,
     ) -> None:
         if not (math.isfinite(growth) and growth > 0):
             raise ValueError(f"radius_growth is {growth}; it is a positive factor from one depth to the next")
@@ -178,18 +181,21 @@ class LayerConstraints:
             remedy = f"Use LoRA without variants, fine-tune the full weights, or set {asked}={off}"
             find_adapters(model).refuse(asked, remedy)
         self.norm: Norm = norm
+        reshard(model)
         layers, self._others = find_layers(model)
         if fresh is not None:
             layers = [replace(layer, fresh=layer.name in fresh) for layer in layers]
         self.fresh = [layer.name for layer in layers if layer.fresh]
         """Names of the freshly initialised layers, whether they are constrained or not."""
-        self._free: list[tuple[Layer, str]] = []
+        # No weight that nothing holds is kept here: what becomes of the model should be free to go.
+        self._free: list[ConstraintRow] = []
         constrained: list[tuple[Layer, float]] = []
         for layer, (value, free) in zip(layers, _assign(layers, radius, self._others), strict=True):
             if free is None:
                 constrained.append((layer, value))
             else:
-                self._free.append((layer, free))
+                shape, factors = tuple(layer.parameter.shape), _factors(layer)
+                self._free.append(ConstraintRow(layer.name, shape, None, None, None, None, free, layer.tied, factors))
         self._penalty = penalty
         self._pulled = [layer for layer in layers if not layer.fresh] if penalty else []
         if penalty and not self._pulled:
@@ -197,12 +203,14 @@ class LayerConstraints:
                 f"l2sp_penalty is {penalty}, but the model has no pretrained weight matrix that is trained; set it to 0"
             )
         held = {layer.name: layer for layer in (*(layer for layer, _ in constrained), *self._pulled)}
-        if any(layer.adapter is not None and is_sharded(layer.parameter) for layer in held.values()):
+        if any(layer.adapter and (before_sharding or is_sharded(layer.parameter)) for layer in held.values()):
             raise ValueError(
                 "layer_radius and l2sp_penalty of LoRA layers need whole factors, but the model is sharded; use DDP, "
                 "or set layer_radius=None and l2sp_penalty=0"
             )
-        if reference is None or capture_missing:
+        if before_sharding:
+            reference = {name: layer.parameter for name, layer in held.items()}
+        elif reference is None or capture_missing:
             known = reference or {}
             missing = capture_reference(layer for name, layer in held.items() if name not in known)
             reference = {**known, **missing}
@@ -295,18 +303,16 @@ class LayerConstraints:
             for ball in self._balls
         ]
         pulled = self._pulled_distances()
-        for layer, reason in self._free:
-            shape, factors = tuple(layer.parameter.shape), _factors(layer)
-            free = ConstraintRow(layer.name, shape, None, None, None, None, reason, layer.tied, factors)
-            if layer.name in pulled:
-                free = replace(
-                    free,
+        for row in self._free:
+            if row.name in pulled:
+                row = replace(
+                    row,
                     centre="pretrained",
                     norm="frobenius",
-                    distance=pulled[layer.name],
-                    free=f"{reason}; pulled by l2sp_penalty",
+                    distance=pulled[row.name],
+                    free=f"{row.free}; pulled by l2sp_penalty",
                 )
-            rows.append(free)
+            rows.append(row)
         rows += [ConstraintRow(o.name, o.shape, None, None, None, None, o.reason) for o in self._others]
         return ConstraintTable(rows)
 

@@ -16,11 +16,10 @@ from .corrected_loss import CorrectedLoss, loss_type
 
 logger = logging.getLogger(__name__)
 
-# Of what shards a model when its training begins, and what to use in its place.
-IN_PREPARE = "which takes the weights apart only when training begins"
+# In the place of what leaves no weight a tensor of its own.
 WHAT_WORKS = (
-    "use DDP (accelerate launch or torchrun without it), or FSDP2 by transformers, "
-    "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=...))"
+    "use FSDP version 2 on GPUs (fsdp=True, fsdp_config={'version': 2}, or accelerate launch --use_fsdp "
+    "--fsdp_version 2), or DDP (accelerate launch or torchrun without it)"
 )
 
 # The variance of a backward-corrected loss grows with the square of this: at 10, a hundred noisy examples
@@ -109,26 +108,24 @@ def make_constraints(
     reference: Mapping[str, Tensor] | None = None,
     capture_missing: bool = False,
     fresh: Collection[str] | None = None,
+    before_sharding: bool = False,
 ) -> LayerConstraints:
     """The balls and the pull that the arguments ask for; none if ``layer_radius`` is None and ``l2sp_penalty`` 0.
 
     Args:
-        sharded_by: what will split the weights over processes when training begins, if something does. Weights that
-            are sharded already are constrained as they are.
+        sharded_by: what will split the weights over processes in a way that can't be followed, if something does.
         chosen: the relative radius for ``layer_radius="auto"``; None while it is not chosen, and nothing constrained.
-        reference, capture_missing, fresh: see :class:`LayerConstraints`.
+        reference, capture_missing, fresh, before_sharding: see :class:`LayerConstraints`.
 
     Raises:
-        ValueError: sharded weights, an optimizer that steps within the backward pass beside a penalty, or what
+        ValueError: such sharding, an optimizer that steps within the backward pass beside a penalty, or what
             :class:`LayerConstraints` refuses.
     """
     radius, mode = setting(args, "layer_radius"), setting(args, "radius_mode")
     if is_auto(radius):
         radius, mode = with_chosen(radius, chosen), "relative"
     if radius is not None and sharded_by is not None:
-        raise ValueError(
-            f"layer_radius does not work with {sharded_by}, {IN_PREPARE}; {WHAT_WORKS}, or set layer_radius=None"
-        )
+        raise ValueError(f"layer_radius does not work with {sharded_by}; {WHAT_WORKS}, or set layer_radius=None")
     for argument in ("hessian_penalty", "l2sp_penalty"):
         if setting(args, argument):
             _check_gradients(args, argument, sharded_by)
@@ -142,6 +139,7 @@ def make_constraints(
         capture_missing=capture_missing,
         fresh=fresh,
         penalty=setting(args, "l2sp_penalty"),
+        before_sharding=before_sharding,
     )
 
 
@@ -149,7 +147,7 @@ def _check_gradients(args: TrainingArguments, argument: str, sharded_by: str | N
     """Refuse what leaves no whole gradient to a penalty between the backward pass and the optimizer step."""
     asked = f"{argument}={setting(args, argument)}"
     if sharded_by is not None:
-        raise ValueError(f"{asked} does not work with {sharded_by}, {IN_PREPARE}; {WHAT_WORKS}, or set {argument}=0")
+        raise ValueError(f"{asked} does not work with {sharded_by}; {WHAT_WORKS}, or set {argument}=0")
     optimizer = str(getattr(args.optim, "value", args.optim))
     if "lomo" in optimizer or optimizer.endswith("layerwise"):
         raise ValueError(

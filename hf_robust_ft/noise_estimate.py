@@ -34,15 +34,25 @@ FILE = "transition_estimate.json"
 MOST_EXAMPLES = 10_000
 
 
-def check_estimable(model: nn.Module, dataset: Any, label_names: list[str], asked: str, world_size: int = 1) -> None:
+def check_estimable(
+    model: nn.Module,
+    dataset: Any,
+    label_names: list[str],
+    asked: str,
+    world_size: int = 1,
+    *,
+    only_first_loads: bool = False,
+) -> None:
     """Refuse what T can't be estimated for, and labels have no posteriors for.
 
     Args:
         asked: the setting that needs it, for the message.
+        only_first_loads: whether the other processes have no weights yet.
 
     Raises:
-        ValueError: no training set, one without a length or places, or with fewer examples than processes; several
-            label columns; a model without a backbone, or one that does not predict one class an example.
+        ValueError: a model that is sharded, or that only one process has; no training set, one without a length or
+            places, or with fewer examples than processes; several label columns; a model without a backbone, or one
+            that does not predict one class an example.
     """
     problem = None
     if dataset is None:
@@ -51,11 +61,13 @@ def check_estimable(model: nn.Module, dataset: Any, label_names: list[str], aske
         problem = f"{type(dataset).__name__} has no length"
     elif isinstance(dataset, IterableDataset):
         problem = f"{type(dataset).__name__} is an IterableDataset, which gives no example by its place"
-    if has_shards(model):
+    if has_shards(model) or only_first_loads:
+        why = "the model is sharded"
+        if only_first_loads:
+            why = "with cpu_ram_efficient_loading only the first one has the model (False works)"
         raise ValueError(
-            f"{asked} needs features that each process computes by itself, which a sharded model does not give; "
-            "estimate T before (hf-robust-ft diagnose, or estimate_transition) and give its file as noise_transition, "
-            "with loss_correction='forward'"
+            f"{asked} needs features that each process computes by itself, but {why}; estimate T before (hf-robust-ft "
+            "diagnose, or estimate_transition) and give its file as noise_transition, with loss_correction='forward'"
         )
     if problem is not None:
         raise ValueError(

@@ -10,6 +10,7 @@ from transformers import Trainer
 from .constraints import LayerConstraints
 from .features import setting
 from .penalties import antithetic_noise
+from .sharding import reshard
 
 
 def penalized_step(
@@ -33,8 +34,10 @@ def penalized_step(
     """
     accelerator = trainer.accelerator
     sigma, pulls = setting(trainer.args, "hessian_penalty"), setting(trainer.args, "l2sp_penalty") > 0
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad] if sigma else []
+    trained: list[nn.Parameter] = []
     if sigma:
+        reshard(model)  # an evaluation may have left whole weights in the place of those that are trained
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Schedule-free optimizers move the weights from where they were evaluated; Trainer asks them to only in step().
         if callable(move := getattr(trainer.optimizer, "train", None)):
             move()

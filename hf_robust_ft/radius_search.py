@@ -189,6 +189,7 @@ def validation_set(
     eval_dataset: Any,
     transition: Any,
     sharded_by: str | None = None,
+    awaits_shards: bool = False,
 ) -> tuple[Any, str]:
     """The data set that the candidates are scored on, and the prefix of its metrics; or a refusal of the search.
 
@@ -196,7 +197,8 @@ def validation_set(
 
     Args:
         transition: the noise model of the labels, None if they are taken as they are.
-        sharded_by: what splits the weights over processes, if something does.
+        sharded_by: see :func:`~hf_robust_ft.features.make_constraints`.
+        awaits_shards: whether the model will be sharded when its training begins.
 
     Raises:
         ValueError: no data set, or one of several to be named; a model that does not predict one class an example, or
@@ -220,7 +222,7 @@ def validation_set(
             f"{asked} chooses on validation examples, which may be noisy, but eval_dataset is None; give one, or a "
             "radius such as layer_radius=0.01 with radius_mode='relative'"
         )
-    if has_shards(model):
+    if awaits_shards or has_shards(model):
         raise ValueError(
             f"{asked} trains several times from the same weights, which it can't do with a sharded model; choose on a "
             "whole one, or give a radius such as layer_radius=0.01 with radius_mode='relative'"

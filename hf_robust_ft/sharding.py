@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 
@@ -20,7 +21,15 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def has_shards(model: nn.Module) -> bool:
     """Whether other processes hold other parts of some of its weights."""
-    return any(is_sharded(parameter) for parameter in model.parameters())
+    managed = any(isinstance(module, FSDPModule) for module in model.modules())
+    return managed or any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """The shards that are trained in the place of whole weights, as FSDP2 leaves some after a forward pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def shard(tensor: Tensor) -> Tensor:
@@ -30,7 +39,12 @@ def shard(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of it, on every process; the tensor itself where it is not sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Processes of a GPU's mesh talk by GPU, also of shards that FSDP2 has offloaded to the CPU.
+    there = tensor.to(tensor.device_mesh.device_type)
+    assert isinstance(there, DTensor)
+    return there.full_tensor()
 
 
 def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
@@ -44,8 +58,8 @@ def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
     tensor = tensor.to(other.device, other.dtype)
     if isinstance(tensor, DTensor):
         return tensor
-    # Each process cuts its own part out: nothing is sent.
-    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+    # Each process cuts its own part out, on the mesh's device: nothing is sent.
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None).to(other.device)
 
 
 def over_shards(value: Tensor, weight: Tensor, how: Literal["sum", "max"] = "sum") -> Tensor:
@@ -53,7 +67,8 @@ def over_shards(value: Tensor, weight: Tensor, how: Literal["sum", "max"] = "sum
     if not isinstance(weight, DTensor):
         return value
     placements = [Replicate() if p.is_replicate() else Partial(how) for p in weight.placements]
-    return DTensor.from_local(value, weight.device_mesh, placements, run_check=False).full_tensor()
+    total = DTensor.from_local(value, weight.device_mesh, placements, run_check=False).full_tensor()
+    return total.to(value.device)
 
 
 def over_shards_at_once(values: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:

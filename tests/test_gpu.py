@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from torchrun import WORKERS, launch
 
 from hf_robust_ft import (
     HessianReport,
@@ -99,6 +100,11 @@ def test_training_with_everything_on(tmp_path: Path, precision: dict[str, bool])
     assert any(row.active for row in table)
     assert all(row.distance <= row.radius for row in table if row.radius is not None)
     assert trainer.hessian_report is not None
+
+
+def test_training_under_fsdp_in_bf16(tmp_path: Path) -> None:
+    """The worker asserts that the model was sharded, that the balls hold, and that a resumed run is the same."""
+    launch(WORKERS / "fsdp_gpu.py", 1, str(tmp_path), by_torchrun=True)
 
 
 def test_a_model_spread_over_cpu_and_gpu_is_measured() -> None:

@@ -584,7 +584,7 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
     # The flag that Trainer sets; DeepSpeed itself is no dependency and needs a GPU to build.
     trainer.is_deepspeed_enabled = True
     trainer.args.layer_radius = 0.1
-    with pytest.raises(ValueError, match=r"layer_radius does not work with DeepSpeed, which.*use DDP.*or FSDP2"):
+    with pytest.raises(ValueError, match=r"layer_radius does not work with DeepSpeed; use FSDP version 2.*or DDP"):
         trainer._hp_search_setup(None)
 
 

@@ -23,9 +23,9 @@ def run(worker: str, out: Path, processes: int, *names: str) -> None:
     launch(WORKERS / worker, processes, str(out), str(processes), *names)
 
 
-def launch(script: Path, processes: int, *arguments: str) -> None:
-    """Run a script in this many processes."""
-    launcher = [] if processes == 1 else [*TORCHRUN, str(processes)]
+def launch(script: Path, processes: int, *arguments: str, by_torchrun: bool = False) -> None:
+    """Run a script in this many processes; by torchrun if there are several, or if it is asked for."""
+    launcher = [*TORCHRUN, str(processes)] if by_torchrun or processes > 1 else []
     # Trainers of other tests in this process leave settings for accelerate in the environment.
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("ACCELERATE_", "FSDP_"))}
     with subprocess.Popen(

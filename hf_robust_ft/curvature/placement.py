@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from ..processes import Processes
-from ..sharding import has_shards, whole
+from ..sharding import has_shards, reshard, whole
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -76,9 +76,7 @@ def _offload(module: nn.Module, hook: AlignDevicesHook) -> None:
 @contextlib.contextmanager
 def _gathered(model: nn.Module) -> Iterator[None]:
     _check_meshes(model)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward pass some hold whole weights that are not leaves
+    reshard(model)
     gathered: dict[nn.Parameter, nn.Parameter] = {}
     for parameter in model.parameters():
         gathered[parameter] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)

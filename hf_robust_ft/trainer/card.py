@@ -21,6 +21,7 @@ from ..corrected_loss import loss_type
 from ..features import correction_of, num_classes, setting
 from ..noise_estimate import saved_estimate
 from ..noisy_evaluation import estimates_clean_accuracy
+from ..sharding import has_shards
 from .curvature import MeasuringTrainer
 
 
@@ -47,7 +48,8 @@ class CardTrainer(MeasuringTrainer):
         """Write ``README.md`` with what was measured, its pictures, and the JSON that it is made from.
 
         The signature is ``Trainer``'s; what it has no argument for is set in :attr:`card_data` before. Nothing is
-        measured here: that is :meth:`measure_hessian`'s. One process writes, and no other is waited for.
+        measured here: that is :meth:`measure_hessian`'s. One process writes, and no other is waited for: of a sharded
+        model, distances are those at the end of training.
         """
         if not self.is_world_process_zero():
             return
@@ -66,6 +68,7 @@ class CardTrainer(MeasuringTrainer):
         best = bool(args.load_best_model_at_end)
         metrics = metric_facts(self.state, best=best)
         known = self._transition is not None
+        table = self._trained_table if has_shards(self._model) else self.constraint_table()
         found: dict[str, Any] = {
             **model_facts(self._model),
             **data_facts(self.train_dataset),
@@ -80,7 +83,7 @@ class CardTrainer(MeasuringTrainer):
             },
             "selected_by": args.metric_for_best_model if best else None,
             "correction": correction_of(args),
-            "constraints": list(self.constraint_table()) if self.constraints else [],
+            "constraints": list(table or ()) if self.constraints else [],
             "radius_choice": None if self.radius_choice is None else str(self.radius_choice),
         }
         measured, report, bounds = self._measurement_now, None, []

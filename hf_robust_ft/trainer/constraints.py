@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -33,7 +33,10 @@ class ConstrainedTrainer(CorrectedTrainer):
         self._saved_reference: tuple[Path, LayerConstraints] | None = None
         self._constrained_model = self._model
         self._projection = ProjectionCallback(LayerConstraints(self._model, None))
-        self._constrain(self._make_constraints(sharded_by=self._sharded_by))
+        self._shards_are_due = False
+        # Distances of shards take all processes, and a card is written by one.
+        self._trained_table: ConstraintTable | None = None
+        self._constrain(self._make_constraints())
 
     @property
     def constraints(self) -> LayerConstraints:
@@ -55,13 +58,42 @@ class ConstrainedTrainer(CorrectedTrainer):
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
-        self._set_up_constraints()
+        self._trained_table = None
+        if self._awaits_shards:
+            self._constrained_model = self._model
+            self._constrain(self._make_constraints())  # the settings may be others than before
+        else:
+            self._keep_weights(untrained=self.state.global_step == 0)
 
-    def _set_up_constraints(self) -> None:
-        build = functools.partial(self._make_constraints, sharded_by=self._sharded_by)
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """As ``Trainer._prepare_for_training``; FSDP2 shards the model here, and what hangs on its weights follows."""
+        self._shards_are_due = self._awaits_shards
+        if self._shards_are_due:
+            # The first process knows which layers are fresh: others may have no weights yet, and say nothing of them.
+            fresh = broadcast_object_list([self.constraints.fresh])[0]
+            # A weight that is held here would stay whole beside its shards.
+            self._drop_constraints(fresh)
+        prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        self._follow_shards()
+        return prepared
+
+    def _follow_shards(self) -> None:
+        """Once the model is sharded, and before a checkpoint is loaded into it."""
+        if self._shards_are_due:
+            self._shards_are_due = False
+            self._keep_weights(untrained=True)
+
+    def _keep_weights(self, untrained: bool) -> None:
+        """Keep what has to be known of the weights that training starts from.
+
+        Args:
+            untrained: whether they are those. Weights that have moved are no centre: a second train() of one model
+                keeps the first one's.
+        """
+        build = self._make_constraints
         if self._model is self._constrained_model:
-            # Weights that have moved are no centre: a second train() of one model keeps the first one's.
-            untrained = self.state.global_step == 0
             before = self.constraints
             constraints = build(reference=before.reference, capture_missing=untrained, fresh=before.fresh)
         else:
@@ -79,11 +111,15 @@ class ConstrainedTrainer(CorrectedTrainer):
         self._constrain(constraints)
 
     def _make_constraints(self, **settings: Any) -> LayerConstraints:
-        return make_constraints(self.args, self._model, **settings)
+        if self._only_first_loads and not self.is_world_process_zero():
+            return LayerConstraints(self._model, None)  # the first process checks the settings
+        return make_constraints(
+            self.args, self._model, sharded_by=self._sharded_by, before_sharding=self._awaits_shards, **settings
+        )
 
-    def _drop_constraints(self) -> None:
+    def _drop_constraints(self, fresh: Collection[str] | None = None) -> None:
         """The old centres go before new ones come: memory for one copy is enough."""
-        self._constrain(LayerConstraints(self._model, None))
+        self._constrain(LayerConstraints(self._model, None, fresh=fresh))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -100,6 +136,7 @@ class ConstrainedTrainer(CorrectedTrainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._follow_shards()
         # Before the weights are read: a resume that is refused leaves the model, and so the next centres, as they were.
         if self._sharded_by is None and Path(resume_from_checkpoint).is_dir():
             check_fits(Path(resume_from_checkpoint), self._model)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..curvature import HessianReport, MeasurementStopped
-from ..features import IN_PREPARE, setting
+from ..features import setting
 from ..files import NotWritten
 from ..hessian_measurement import (
     EXAMPLES,
@@ -83,15 +83,16 @@ class MeasuringTrainer(RadiusTrainer):
             metric_key_prefix: of the metrics: see :func:`~hf_robust_ft.hessian_measurement.hessian_metrics`.
 
         Raises:
-            ValueError: a sharded model, or what :func:`~hf_robust_ft.measure_hessian` refuses.
+            ValueError: a model sharded by DeepSpeed or FSDP version 1, or what
+                :func:`~hf_robust_ft.measure_hessian` refuses.
             ReferenceMismatch: no reference, or one of other layers or shapes.
             MeasurementStopped: an error after some examples; what was found until then is saved all the same.
             NotWritten: the report can't be saved; :attr:`hessian_report` has it.
         """
         if self._sharded_by is not None:
             raise ValueError(
-                f"measure_hessian does not work with {self._sharded_by}, {IN_PREPARE}; save the model, load it in each "
-                "process, and call hf_robust_ft.measure_hessian there"
+                f"measure_hessian does not work with {self._sharded_by}; save the model, load it in each process, and "
+                "call hf_robust_ft.measure_hessian there"
             )
         _, restore = snapshot(None)
         try:
@@ -149,9 +150,9 @@ class MeasuringTrainer(RadiusTrainer):
                 time_budget=setting(self.args, "hessian_time_budget") if time_budget is None else time_budget,
             )
 
-    def _hp_search_setup(self, trial: Any) -> None:
-        super()._hp_search_setup(trial)
-        self._keep_start()
+    def _keep_weights(self, untrained: bool) -> None:
+        super()._keep_weights(untrained)
+        self._keep_start(untrained)
 
     def _before_training(self, resumed: str | None, trial: Any) -> None:
         super()._before_training(resumed, trial)
@@ -176,10 +177,10 @@ class MeasuringTrainer(RadiusTrainer):
                 error,
             )
 
-    def _keep_start(self) -> None:
+    def _keep_start(self, untrained: bool) -> None:
         if not setting(self.args, "hessian_examples") or self._is_candidate:
             return
-        moved = self._model is self._start_of and (self._start is not None or self.state.global_step > 0)
+        moved = self._model is self._start_of and (self._start is not None or not untrained)
         if not moved:
             self._start, self._start_of, self._saved_start = None, self._model, None  # the old ones go first
             self._start = start_weights(self._model, self.constraints.reference)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ..label_targets import FILE as TARGETS_FILE
 from ..label_targets import LabelTargets, Numbered, TargetCollator, check_posteriors
 from ..noise_estimate import FILE as ESTIMATE_FILE
 from ..noise_estimate import check_estimable, study_labels
+from ..sharding import has_shards
 
 
 class LabelTrainer(Trainer):
@@ -34,14 +37,27 @@ class LabelTrainer(Trainer):
     @property
     def _model(self) -> nn.Module:
         assert self.model is not None  # Trainer's own annotation leaves it open until __init__ ends
-        return self.model
+        return getattr(self.model, "_orig_mod", self.model)  # under FSDP it becomes what torch.compile made of it
 
     @property
     def _sharded_by(self) -> str | None:
+        """What shards the model in a way that balls and penalties can't follow."""
         if self.is_deepspeed_enabled:
             return "DeepSpeed"
-        # Asked for but ignored (as on a CPU) counts, too: the run would not be the one that was meant.
-        return "FSDP" if self.is_fsdp_enabled or self.args.fsdp else None
+        if self.is_fsdp_enabled:
+            return None if self.accelerator.is_fsdp2 else "FSDP version 1"
+        # The run would not be the one that was meant.
+        return "FSDP that was asked for but is not in effect, as on a CPU" if self.args.fsdp else None
+
+    @property
+    def _awaits_shards(self) -> bool:
+        """Whether Accelerate will shard the model when its training begins (FSDP2)."""
+        return bool(self.accelerator.is_fsdp2) and not has_shards(self._model)
+
+    @property
+    def _only_first_loads(self) -> bool:
+        """Whether the other processes have no weights until then."""
+        return self._awaits_shards and bool(self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading)
 
     def _before_training(self, resumed: str | None, trial: Any) -> None:
         if self._estimate_was_read:
@@ -74,7 +90,14 @@ class LabelTrainer(Trainer):
     def _check_estimable(self) -> None:
         asked = f"noise_transition='{ESTIMATE}'" if self._estimates_noise else "loss_correction='posterior'"
         if self._estimates_noise or self._uses_posteriors:
-            check_estimable(self._model, self.train_dataset, self.label_names, asked, self.args.world_size)
+            check_estimable(
+                self._model,
+                self.train_dataset,
+                self.label_names,
+                asked,
+                self.args.world_size,
+                only_first_loads=self._only_first_loads,
+            )
 
     def _study_labels(self, *, posteriors: bool) -> None:
         """Once: T, and the posteriors of the training labels, from the features that the model has before training."""
@@ -86,18 +109,31 @@ class LabelTrainer(Trainer):
             return
         self._check_estimable()
         dataset, collate = self._without_unused_columns("noise estimation")
-        found = study_labels(
-            self._model,
-            dataset,
-            collate,
-            self.label_names[0],
-            num_classes(self._model, loss_type(self._model)),
-            self.args,
-            transition=None if estimate else self._transition,
-            posteriors=posteriors,
-        )
+        with self._on_device():
+            found = study_labels(
+                self._model,
+                dataset,
+                collate,
+                self.label_names[0],
+                num_classes(self._model, loss_type(self._model)),
+                self.args,
+                transition=None if estimate else self._transition,
+                posteriors=posteriors,
+            )
         self.noise_estimate = found.estimate or self.noise_estimate
         self.label_targets = found.targets or self.label_targets
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """The model where it will be trained. FSDP lets it wait for that on the CPU, where features take for ever."""
+        waits = self._awaits_shards and next(self._model.parameters()).device.type == "cpu"
+        try:
+            if waits:
+                self._model.to(self.args.device)
+            yield
+        finally:
+            if waits:
+                self._model.to("cpu")
 
     def _check_targets(self, targets: LabelTargets) -> None:
         """Posteriors of another T don't serve; a model that training has moved gives no others."""

@@ -83,7 +83,13 @@ class RadiusTrainer(ConstrainedTrainer):
                 "training; give optimizer_cls_and_kwargs, or choose them in the arguments (optim, lr_scheduler_type)"
             )
         dataset, prefix = validation_set(
-            self.args, self._model, self.label_names, self.eval_dataset, self._validation_noise, self._sharded_by
+            self.args,
+            self._model,
+            self.label_names,
+            self.eval_dataset,
+            self._validation_noise,
+            self._sharded_by,
+            self._awaits_shards,
         )
         if (classes := num_classes(self._model, loss_type(self._model))) is not None:
             name = self.label_names[0]

@@ -345,7 +345,7 @@ class CountSteps(TrainerCallback):
 
 
 def sharded(out: Path) -> dict[str, Any]:
-    """FSDP asked for beside a radius."""
+    """FSDP asked for beside a radius, on a CPU, where Accelerate ignores it."""
     counter, message = CountSteps(), None
     try:
         trainer = HessianRegularizedTrainer(

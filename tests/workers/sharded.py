@@ -9,6 +9,7 @@ NAME is a function below. What it returns goes to OUT/NAME-PROCESSES-RANK.json. 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,24 +171,28 @@ def load(out: Path) -> Any:
 
 
 def arguments(folder: Path, **settings: Any) -> RobustTrainingArguments:
-    made = RobustTrainingArguments(
-        str(folder), use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=8 // PROCESSES,
-        per_device_eval_batch_size=2, train_sampling_strategy="sequential", lr_scheduler_type="constant",
-        learning_rate=0.01, max_grad_norm=1e9, logging_steps=1, **settings,
-    )  # fmt: skip
+    common = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 8 // PROCESSES}
+    common |= {"per_device_eval_batch_size": 2, "train_sampling_strategy": "sequential", "learning_rate": 0.01}
+    common |= {"lr_scheduler_type": "constant", "max_grad_norm": 1e9, "logging_steps": 1}
+    made = RobustTrainingArguments(str(folder), **(common | settings))
     assert made.world_size == PROCESSES
     return made
 
 
 def trainer(out: Path) -> dict[str, Any]:
-    """The Trainer on a model that transformers has sharded: radius, pull, correction, noise, measurement."""
-    folder = out / f"trainer-{PROCESSES}"
-    settings = {"layer_radius": {"*encoder*": 0.005}, "l2sp_penalty": 0.1, "noise_transition": 0.2, "max_steps": 4}
+    """The Trainer on a model that transformers has sharded."""
     # Trainer can't resume a model that was sharded when it was loaded.
-    settings |= {"hessian_examples": 9, "save_steps": 2, "save_only_model": True}
-    model = load(out)
+    return trained(out / f"trainer-{PROCESSES}", lambda: load(out), arguments, save_only_model=True)
+
+
+def trained(
+    folder: Path, model: Callable[[], Any], make: Callable[..., RobustTrainingArguments], **settings: Any
+) -> dict[str, Any]:
+    """Radius, pull, correction, noise, measurement, and what is stored."""
+    settings |= {"layer_radius": {"*encoder*": 0.005}, "l2sp_penalty": 0.1, "noise_transition": 0.2, "max_steps": 4}
+    settings |= {"hessian_examples": 9, "save_steps": 2}
     training = HessianRegularizedTrainer(
-        model, arguments(folder, **settings), train_dataset=examples(32), eval_dataset=examples(6)
+        model(), make(folder, **settings), train_dataset=examples(32), eval_dataset=examples(6)
     )
     training.train()
     report = training.hessian_report
@@ -202,8 +207,8 @@ def trainer(out: Path) -> dict[str, Any]:
         "record": json.loads((folder / "checkpoint-2" / RECORD_FILE).read_text())["reference_sha256"],
     }
     # A corrected loss: of a sharded model's own, stock Trainer (5.24) takes the sum over processes for the mean.
-    made = arguments(folder, hessian_penalty=0.05, noise_transition=0.2, max_steps=3, save_strategy="no", optim="sgd")
-    noisy = HessianRegularizedTrainer(load(out), made, train_dataset=examples(32))
+    plain = make(folder, hessian_penalty=0.05, noise_transition=0.2, max_steps=3, save_strategy="no", optim="sgd")
+    noisy = HessianRegularizedTrainer(model(), plain, train_dataset=examples(32))
     noisy.train()
     found["noisy"] = flat(noisy.model)
     return found

@@ -22,7 +22,7 @@ from .candidates import CANDIDATES, Candidate, Candidates
 from .directions import Group, Layers, group_layers, lengths_of, travelled
 from .division import Pair, divided
 from .engine import Engine
-from .estimate import chunk_footprint, work_of
+from .estimate import footprints, work_of
 from .forms import LANCZOS_STEPS, check_counts
 from .loss import ExampleLoss, LossFunction
 from .model import Inputs, measuring, some_examples
@@ -221,14 +221,14 @@ class _Run:
         self._estimate = cost.bound_seconds(work)
         if not logger.isEnabledFor(logging.INFO):
             return
-        some = chunk_footprint(self._engine, self._directions, inputs, labels, work)
-        value = cost.lanczos_value(work, some, self._steps).seconds
+        sizes = footprints(self._engine, self._directions, inputs, labels, work)
+        value = cost.lanczos_value(work, sizes, self._steps).seconds
         logger.info(
             "sound bounds of %d layers: about %.0f s for %s; then Lanczos within time_budget: about %.2g s a value, "
             "%.0f s for one value a layer, at most %d times that. Memory: %.3g GB more than the model, its reference "
             "and a batch",
             work.layers, self._estimate, f"{batches} batches" if batches else "a batch", value, work.layers * value,
-            CANDIDATES, cost.measure(work, some, self._steps).bytes / 1e9,
+            CANDIDATES, cost.measure(work, sizes, self._steps).bytes / 1e9,
         )  # fmt: skip
 
     def _add(self, inputs: Inputs, labels: Tensor, first: int) -> None:

@@ -2,27 +2,30 @@ r"""What a measurement costs: peak memory and time, from plain numbers.
 
 Memory is what a process needs beyond the model, the reference and the batch that it is given: the sum of what is alive
 at the worst moment. With b bytes for a number (4, or 8 for a float64 model), P measured weights, V the way that they
-travelled, and what n examples hold (:class:`~.footprint.Footprint`: tape, graph, …, each about proportional to n):
+travelled, and what n examples hold (:class:`~.footprint.Footprint`: tape, graph, …, on the line through one and a chunk):
 
 ==========================  ==========================================================================================
 exact forms                 ``b P`` (V) + the largest of: ``tape + adjoints + remembered + K tangents`` (n examples
                             and K directions travel together); ``tape + 2 adjoints + 4 widths`` (are examples apart?);
                             ``b P + graph`` and ``graph + second + bend + b (compared + p)`` of one example (which
                             autograd does, too, for a few layers)
-sound bounds                ``b P`` + the largest of: ``tape + 2 outputs + 4 widths``; ``graph + used + second + bend``,
-                            or ``6 b vector`` in the place of ``bend``; and for groups, of one example,
+sound bounds                ``b P`` + the largest of: ``tape + patches + 2 outputs + 4 widths`` (as above; patches are
+                            the inputs of convolutions by rows); ``graph + used + second + bend``, or
+                            ``6 b vector`` in the place of ``bend``; and for groups, of one example,
                             ``graph + second + bend + 3 b p``, or ``6 b p`` in the place of ``bend + 3 b p``, p the
                             weights of the largest layer
 one Lanczos value           ``b P + graph + used + second + bend + (steps + 8) b q`` of one example, q the
                             elements of a vector: ``min(tokens, in) out`` of a weight that is used once, p of a group
 the measure, a data set     the larger of the last two, and the inputs of at most 8 examples a layer
-trace, separate probes      as exact forms, with the probes in the place of V
+trace, separate probes      as exact forms, with the probes in the place of V, of which only the first are drawn when
+                            autograd compares; directions of one weight that travel together are copied
 trace, joint probes         B examples of a batch at once: ``graph + second + b P (2 + probes kept)``, and
                             ``bend`` or 3 b times the largest tensor
-eigenpairs                  ``graph + second + bend`` of a batch, and ``8 P (m + 6) + 3 b P + 8 P``, with
-                            ``m = max(2 count + 1, 20)`` vectors of ARPACK
-spectral density            ``graph + second + bend`` of a batch, and ``b P (steps + 5) + 8 P``, and the probes kept
-                            (less for the last of several layers: their graphs are shorter)
+eigenpairs                  a product, and ``8 P (m + 5) + b P``, with ``m = max(2 count + 1, 10)`` vectors of ARPACK
+spectral density            a product, and ``b P (steps + 3)``, and the probes kept (less for the last of several
+                            layers: their graphs are shorter)
+a product of these          the larger of ``graph + second + bend + 2 b P + 8 P`` of a batch and ``16 P``; to the latter
+                            a dataloader of one batch, whose graph stays, adds ``graph + second + b P``
 noise stability             as joint probes; the noise that is kept, and ``b P``, before
 ==========================  ==========================================================================================
 
@@ -46,11 +49,15 @@ Tangents grow with the widest activation, not with the blocks. Classes count whe
 
 Each measurement has 5 MB more for Python's objects. A half-precision model adds ``b`` times its parameters: it is
 measured on copies. Nothing of this shrinks with more processes, as each holds all weights; the time is divided by
-their number.
+their number. What is no tensor is not counted: workspaces of convolutions, and the kernels that oneDNN compiles for each
+shape of a convolution and keeps (the first measurement of a ResNet-18 left 32 MB).
 
-Time in forward passes without gradients, per example: 0.9 a layer for exact forms, 2.4 a layer for the sound bounds,
-2.0 a Lanczos step (recipes/RESULTS.md, "What curvature costs"); for a product with the Hessian of all weights 3.0 (the
-graph, once a batch) and 6.5 ("What a measurement costs"). With groups for layers the sound bounds take longer.
+Time in forward passes without gradients, per example: 0.9 a layer for exact forms, 2.4 a layer for the sound bounds, 3.0
+of an example alone for those of a group, 2.0 a Lanczos step (recipes/RESULTS.md, "What curvature costs"); for a product
+with the Hessian of all weights 3.0 (the graph: once a batch, and only once for a dataloader of one batch) and 6.5 ("What
+a measurement costs"). Work on vectors of P numbers hangs on memory, not on tokens; its unit is the time to sum the
+weights: 120 for a product of eigenpairs or density, 30 for a joint probe, 25 for a draw of noise, and 50 an example for
+the bounds of all groups together.
 """
 
 from __future__ import annotations

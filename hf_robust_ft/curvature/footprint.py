@@ -53,7 +53,7 @@ class Footprint:
     joined: int
     """The same along one direction for each layer, all at once: few of them move the first layers."""
     stacked: int
-    """The same with a copy of all directions, until their weights are read: several of a weight travel as one tensor."""
+    """The same with copies of the directions, until their weights are read: several of one weight travel joined."""
     compared: int
     """Elements of the weights whose second derivatives a sweep compares with autograd."""
     told: int

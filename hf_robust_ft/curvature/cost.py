@@ -2,7 +2,8 @@ r"""What a measurement costs: peak memory and time, from plain numbers.
 
 Memory is what a process needs beyond the model, the reference and the batch that it is given: the sum of what is alive
 at the worst moment. With b bytes for a number (4, or 8 for a float64 model), P measured weights, V the way that they
-travelled, and what n examples hold (:class:`~.footprint.Footprint`: tape, graph, …, on the line through one and a chunk):
+travelled, and what n examples hold (:class:`~.footprint.Footprint`: tape, graph, …; counted for one and for a chunk,
+and on the line through both for others):
 
 ==========================  ==========================================================================================
 exact forms                 ``b P`` (V) + the largest of: ``tape + adjoints + remembered + K tangents`` (n examples
@@ -49,15 +50,15 @@ Tangents grow with the widest activation, not with the blocks. Classes count whe
 
 Each measurement has 5 MB more for Python's objects. A half-precision model adds ``b`` times its parameters: it is
 measured on copies. Nothing of this shrinks with more processes, as each holds all weights; the time is divided by
-their number. What is no tensor is not counted: workspaces of convolutions, and the kernels that oneDNN compiles for each
-shape of a convolution and keeps (the first measurement of a ResNet-18 left 32 MB).
+their number. What is no tensor is not counted: workspaces of convolutions, and the kernels that oneDNN compiles for
+each shape of a convolution and keeps (the first measurement of a ResNet-18 left 32 MB).
 
-Time in forward passes without gradients, per example: 0.9 a layer for exact forms, 2.4 a layer for the sound bounds, 3.0
-of an example alone for those of a group, 2.0 a Lanczos step (recipes/RESULTS.md, "What curvature costs"); for a product
-with the Hessian of all weights 3.0 (the graph: once a batch, and only once for a dataloader of one batch) and 6.5 ("What
-a measurement costs"). Work on vectors of P numbers hangs on memory, not on tokens; its unit is the time to sum the
-weights: 120 for a product of eigenpairs or density, 30 for a joint probe, 25 for a draw of noise, and 50 an example for
-the bounds of all groups together.
+Time in forward passes without gradients, per example: 0.9 a layer for exact forms, 2.4 a layer for the sound bounds,
+3.0 of an example alone for those of a group, 2.0 a Lanczos step (recipes/RESULTS.md, "What curvature costs"); for a
+product with the Hessian of all weights 3.0 (the graph: once a batch, and only once for a dataloader of one batch) and
+6.5 ("What a measurement costs"). Work on vectors of P numbers hangs on memory, not on tokens; its unit is the time to
+sum the weights: 120 for a product of eigenpairs or density, 30 for a joint probe, 25 for a draw of noise, and 50 an
+example for the bounds of all groups together.
 """
 
 from __future__ import annotations

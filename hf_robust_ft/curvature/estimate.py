@@ -23,9 +23,6 @@ from .model import Inputs, measuring, some_examples, split_batch
 from .placement import unwrapped
 from .sweep import Direction
 
-clock = time.perf_counter
-"""Of the forward passes that are timed."""
-
 
 def measurement_costs(
     model: nn.Module,
@@ -161,17 +158,18 @@ def footprints(
 
 @torch.no_grad()
 def _seconds(action: Callable[[], Tensor], device: torch.device) -> float:
-    """Of the fastest of three runs, as other programs may run beside it; after a first one, which is slower."""
+    """Of the fastest of three runs, after a first one, which is slower; of one thread what it computes: other programs
+    may run beside it."""
     if device.type == "meta":
         return math.nan
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     _synchronized(action())
-    return min(_timed(action) for _ in range(3))
-
-
-def _timed(action: Callable[[], Tensor]) -> float:
-    start = clock()
-    _synchronized(action())
-    return clock() - start
+    taken = []
+    for _ in range(3):
+        start = clock()
+        _synchronized(action())
+        taken.append(clock() - start)
+    return min(taken)
 
 
 def _synchronized(tensor: Tensor) -> None:

@@ -70,7 +70,8 @@ def measure_hessian(
 
     Cost on a CPU: about 2.4 forward passes a layer and batch for the first pass (for a group of weights 3 of each
     example alone), and 2 of one example for each step of Lanczos; both are logged before they start. Memory: a chunk of
-    examples, and the inputs of those that may go to the second pass; there, for a group of weights or a tied one, ``lanczos_steps`` times as much as these weights.
+    examples, and the inputs of those that may go to the second pass; there, for a group of weights or a tied one,
+    ``lanczos_steps`` times as much as these weights.
 
     Args:
         model: any transformers model, or a module that takes the batch's inputs. Measured in eval mode and at least

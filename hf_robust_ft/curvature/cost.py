@@ -22,7 +22,7 @@ trace, separate probes      as exact forms, with the probes in the place of V, o
                             autograd compares; directions of one weight that travel together are copied
 trace, joint probes         B examples of a batch at once: ``graph + second + b P (2 + probes kept)``, and
                             ``bend`` or 3 b times the largest tensor
-eigenpairs                  a product, and ``8 P (m + 5) + b P``, with ``m = max(2 count + 1, 10)`` vectors of ARPACK
+eigenpairs                  a product, and ``8 P (m + 5) + 2 b P``, with ``m = max(2 count + 1, 10)`` vectors of ARPACK
 spectral density            a product, and ``b P (steps + 3)``, and the probes kept (less for the last of several
                             layers: their graphs are shorter)
 a product of these          the larger of ``graph + second + bend + 2 b P + 8 P`` of a batch and ``16 P``; to the latter
@@ -214,8 +214,8 @@ def eigenpairs(work: Work, sizes: Footprints, count: int, passes: int) -> Cost:
         passes: over the data; 15 to 40 for each layer where they stand out.
     """
     b = work.number
-    # Of ARPACK; its start, residual and three to work on; and a direction in the precision of the model.
-    vectors = 8 * (basis(count) + 5) + b
+    # Of ARPACK; its start, residual and three to work on; and start and direction in the precision of the model.
+    vectors = 8 * (basis(count) + 5) + 2 * b
     return _cost(work, sizes, work.largest * vectors + _product(work, sizes), _product_seconds(work, 1, passes))
 
 

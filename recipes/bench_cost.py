@@ -5,8 +5,10 @@
 
 Each case has a fresh process. There, ``measurement_costs`` predicts, and each measurement runs for a batch; the peak of
 resident memory is read beyond what the process held before. What takes longer than ``--seconds`` is stopped, and may
-not have come to its peak. ``--extrapolate`` counts a ViT-H/14 and a language model of 7B parameters on the meta device:
-nothing of them is run.
+not have come to its peak. Seconds are those that the process computes, as other programs may run: give it one thread,
+``OMP_NUM_THREADS=1``. They are predicted for as many products as the eigenvalues took; those of ``measure_hessian``
+depend on its time budget. Ratios are predicted / measured. ``--extrapolate`` counts a ViT-H/14 and a language model of
+7B parameters on the meta device: nothing of them is run.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     LlamaConfig,
+    PreTrainedConfig,
+    ResNetConfig,
     ViTConfig,
 )
 from transformers.utils import logging
@@ -49,16 +54,23 @@ HERE = Path(__file__).parent
 CLASSES = 10
 WHOLE = {"model": "*"}
 PROBES, EIGENVALUES, STEPS = 2, 1, 20
+# A ResNet-18, with random weights.
+RESNET = ResNetConfig(
+    hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=CLASSES
+)  # fmt: skip
 # Model, pixels or tokens, examples of the batch.
-CASES: dict[str, tuple[Path, int, int]] = {
+CASES: dict[str, tuple[Path | PreTrainedConfig, int, int]] = {
     "glyph ViT, 17 tokens": (HERE / "glyph_vit", 32, 16),
     "MiniLM, 32 tokens": (HERE.parent / ".assets/models/minilm-l6", 32, 4),
     "DINOv2-small, 17 tokens": (HERE.parent / ".assets/models/dinov2-small", 56, 4),
     "DINOv2-small, 257 tokens": (HERE.parent / ".assets/models/dinov2-small", 224, 1),
+    "ResNet-18, 64 pixels": (RESNET, 64, 4),
 }
 Measurement = Callable[[Any, Any, Any], Any]
 MEASUREMENTS: dict[str, tuple[Any, Measurement]] = {
     "layer_quadratic_forms": ("weights", lambda m, b, r: layer_quadratic_forms(m, b, r)),
+    "sound bounds": ("weights", lambda m, b, r: measure_hessian(m, r, [b], time_budget=0)),
+    "sound bounds, blocks": ("blocks", lambda m, b, r: measure_hessian(m, r, [b], layers="blocks", time_budget=0)),
     "measure_hessian": ("weights", lambda m, b, r: measure_hessian(m, r, [b], time_budget=5)),
     "measure_hessian, blocks": ("blocks", lambda m, b, r: measure_hessian(m, r, [b], layers="blocks", time_budget=5)),
     "hessian_trace": ("weights", lambda m, b, r: hessian_trace(m, [b], probes=PROBES)),
@@ -97,17 +109,21 @@ def checked(options: argparse.Namespace) -> dict[str, Any]:
     # With glibc, every large block goes back when it is freed: what was freed before can't hide what comes.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for case in options.cases:
-        print(f"{case:26} {'MB predicted':>13} {'measured':>9} {'ratio':>6} {'s predicted':>12} {'measured':>9}")
+        print(
+            f"{case:26} {'MB predicted':>13} {'measured':>9} {'ratio':>6} "
+            f"{'s predicted':>12} {'measured':>9} {'ratio':>6}"
+        )
         command = [sys.executable, __file__, "--one", case, *sys.argv[1:]]
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 row = json.loads(line)
                 found[f"{case}: {row['name']}"] = row
-                seconds = "stopped" if row["stopped"] else f"{row['seconds']:.1f}"
+                budget = row["name"].startswith("measure_hessian")
+                time_ratio = "stopped" if row["stopped"] else "budget" if budget else ratio(row, "seconds")
                 print(
-                    f"  {row['name']:24} {row['predicted MB']:13.1f} {row['MB']:9.1f} "
-                    f"{row['predicted MB'] / row['MB']:6.2f} {row['predicted seconds']:12.1f} {seconds:>9}",
+                    f"  {row['name']:24} {row['predicted MB']:13.1f} {row['MB']:9.1f} {ratio(row, 'MB')} "
+                    f"{row['predicted seconds']:12.1f} {row['seconds']:9.1f} {time_ratio:>6}",
                     flush=True,
                 )
         if process.returncode:
@@ -115,56 +131,65 @@ def checked(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def ratio(row: dict[str, Any], what: str) -> str:
+    return f"{row[f'predicted {what}'] / row[what]:6.2f}"
+
+
 def one(case: str, names: Sequence[str], seconds: int) -> None:
     """Prints what was predicted and measured in this process, a line of JSON for each measurement."""
-    path, size, examples = CASES[case]
+    model_of, size, examples = CASES[case]
     torch.manual_seed(0)
-    model, batch = load(path, size, examples)
+    model, batch = load(model_of, size, examples)
     reference = {n: p.detach() + 0.01 * p.detach().std(correction=0) for n, p in model.named_parameters()}
     signal.signal(signal.SIGALRM, _time_is_up)
     for name in names:
         layers, measure = MEASUREMENTS[name]
-        costs = measurement_costs(
-            model, batch, examples=examples, layers=layers, probes=PROBES, eigenvalues=EIGENVALUES,
+        costs = partial(
+            measurement_costs, model, batch, examples=examples, layers=layers, probes=PROBES, eigenvalues=EIGENVALUES,
             density_probes=PROBES, density_steps=STEPS,
         )  # fmt: skip
-        predicted = costs[name.partition(",")[0]]
+        predicted = costs()[name.partition(",")[0]]
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # small blocks, too, go back
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
         before = resident("VmRSS")
-        started = time.perf_counter()
-        stopped = run(lambda: measure(model, batch, reference), seconds)  # noqa: B023
+        started = time.process_time()
+        found = run(lambda: measure(model, batch, reference), seconds)  # noqa: B023
+        taken = time.process_time() - started
         row = {
             "name": name,
             "predicted MB": predicted.bytes / 1e6,
             "MB": (resident("VmHWM") - before) / 1e6,
             "predicted seconds": predicted.seconds,
-            "seconds": time.perf_counter() - started,
-            "stopped": stopped,
+            "seconds": taken,
+            "stopped": found is None or not getattr(found, "complete", True),
         }
+        if (passes := getattr(found, "passes", None)) is not None:
+            row["predicted seconds"] = costs(eigenvalue_passes=passes)[name].seconds
         print(json.dumps(row), flush=True)
 
 
-def run(action: Callable[[], Any], seconds: int) -> bool:
-    """Whether it had to be stopped."""
+def run(action: Callable[[], Any], seconds: int) -> Any:
+    """What it found; None if it had to be stopped."""
     signal.alarm(seconds)
     try:
-        found = action()
+        return action()
     except KeyboardInterrupt:
-        return True
+        return None
     finally:
         signal.alarm(0)
-    return not getattr(found, "complete", True)
 
 
-def load(path: Path, size: int, examples: int) -> tuple[Any, dict[str, Tensor]]:
-    text = json.loads((path / "config.json").read_text()).get("vocab_size")
+def load(given: Path | PreTrainedConfig, size: int, examples: int) -> tuple[Any, dict[str, Tensor]]:
+    batch = {"labels": torch.arange(examples) % CLASSES}
+    if isinstance(given, PreTrainedConfig):
+        model = AutoModelForImageClassification.from_config(given)
+        return model, {"pixel_values": torch.randn(examples, 3, size, size), **batch}
+    text = json.loads((given / "config.json").read_text()).get("vocab_size")
     kind = AutoModelForSequenceClassification if text else AutoModelForImageClassification
-    model = kind.from_pretrained(path, num_labels=CLASSES, ignore_mismatched_sizes=True, dtype=torch.float32)
+    model = kind.from_pretrained(given, num_labels=CLASSES, ignore_mismatched_sizes=True, dtype=torch.float32)
     for parameter in model.parameters():  # a mapped file must be in memory, too
         parameter.data = parameter.data.clone()
-    batch = {"labels": torch.arange(examples) % CLASSES}
     if text:
         ids = torch.randint(text // 10, text, (examples, size))
         return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **batch}

@@ -25,7 +25,7 @@ from hf_robust_ft import (
 )
 from hf_robust_ft.curvature import cost
 from hf_robust_ft.curvature.cost import OVERHEAD, Work
-from hf_robust_ft.curvature.footprint import Alive, Footprint
+from hf_robust_ft.curvature.footprint import Alive, Footprint, Footprints
 
 BATCH = 4
 TOKENS = 24
@@ -41,6 +41,7 @@ IMAGES = {
 MODELS: dict[str, tuple[Callable[[], Any], dict[str, Tensor]]] = {
     "bert": (lambda: tiny.bert(**WIDE), TEXTS),
     "vit": (lambda: tiny.vit(**WIDE, image_size=16), IMAGES),
+    "resnet": (lambda: tiny.resnet(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1]), IMAGES),
 }
 COUNTS: dict[str, Any] = {
     "examples": BATCH, "lanczos_steps": 5, "probes": 2, "density_probes": 2, "density_steps": 5
@@ -82,9 +83,11 @@ def peak(action: Callable[[], Any]) -> int:
     return most
 
 
-@pytest.mark.parametrize("layers", ["weights", "blocks"])
+KINDS = [("bert", "weights"), ("bert", "blocks"), ("vit", "weights"), ("vit", "blocks"), ("resnet", "weights")]
+
+
 @pytest.mark.parametrize("name", MEASUREMENTS)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("kind", "layers"), KINDS)
 def test_memory_is_within_15_percent(kind: str, name: str, layers: str) -> None:
     make, batch = MODELS[kind]
     chosen: Any = {"model": "*"} if name == "spectral_density" else layers  # its default
@@ -94,6 +97,38 @@ def test_memory_is_within_15_percent(kind: str, name: str, layers: str) -> None:
     predicted = measurement_costs(model, batch, layers=chosen, **COUNTS)[name].bytes - OVERHEAD
     measured = peak(lambda: MEASUREMENTS[name](model, batch, reference, layers=chosen))
     assert predicted == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("kind", ["bert", "resnet"])
+def test_memory_of_several_batches(kind: str) -> None:
+    make, batch = MODELS[kind]
+    torch.manual_seed(0)
+    model = make()
+    counts = {**COUNTS, "examples": 2 * BATCH, "layers": {"model": "*"}}
+    predicted = measurement_costs(model, batch, **counts)["spectral_density"].bytes - OVERHEAD
+    measured = peak(lambda: spectral_density(model, 2 * [batch], probes=2, steps=5))
+    assert predicted == pytest.approx(measured, rel=0.15)
+
+
+def test_the_graph_of_a_single_batch_stays() -> None:
+    # A sum of float64 is divided while graph and gradients stay; of two batches they are gone by then.
+    nothing = dict.fromkeys((field.name for field in dataclasses.fields(Footprint)), 0)
+    some = Footprint(**{**nothing, "examples": 4, "graph": 1000, "second": 2000})
+    sizes = Footprints(some, some)
+    work = Work(layers=1, measured=1000, largest=1000, tensor=1000, examples=4, batch=4)
+    two = dataclasses.replace(work, examples=8)
+    for costs in (lambda w: cost.density(w, sizes, 2, 5), lambda w: cost.eigenpairs(w, sizes, 1, 30)):
+        assert costs(work).bytes - costs(two).bytes == (16 + 4) * 1000 + 3000 - (4 + 4 + 8) * 1000 - 3000
+        assert costs(dataclasses.replace(work, processes=2)).bytes == costs(two).bytes
+
+
+def test_what_examples_hold_lies_on_a_line() -> None:
+    fields = [field.name for field in dataclasses.fields(Footprint)]
+    one, some = (Footprint(**{**dict.fromkeys(fields, size), "examples": n}) for n, size in ((1, 10), (4, 25)))
+    sizes = Footprints(one, some)
+    assert (sizes.of(1), sizes.of(4)) == (one, dataclasses.replace(some, group=10, compared=10))
+    assert (sizes.of(2).graph, sizes.of(7).graph, sizes.of(7).examples, sizes.of(7).group) == (15, 40, 7, 10)
+    assert Footprints(one, one).of(3).graph == 30
 
 
 def test_half_precision_is_measured_on_copies() -> None:
@@ -120,17 +155,37 @@ def test_a_model_without_memory_is_counted_alike() -> None:
         assert expected.seconds > 0
 
 
+WORK = Work(
+    layers=3, measured=100, largest=50, tensor=50, examples=40, batch=4, forward=0.5, forward_alone=2.0, reading=0.1
+)  # fmt: skip
+EIGHT = Footprint(**{field.name: 8 for field in dataclasses.fields(Footprint)})
+SIZES = Footprints(EIGHT, EIGHT)
+
+
 def test_time_is_that_of_forward_passes() -> None:
-    work = Work(
-        layers=3, measured=100, largest=50, tensor=50, examples=40, batch=4, forward=0.5, forward_alone=2.0
-    )  # fmt: skip
-    some = Footprint(**{field.name: 8 for field in dataclasses.fields(Footprint)})
-    assert cost.forms(work, some).seconds == pytest.approx(0.9 * 3 * 40 * 0.5)
-    assert cost.bounds(work, some).seconds == pytest.approx(2.4 * 3 * 40 * 0.5)
-    assert cost.lanczos_value(work, some, steps=20).seconds == pytest.approx(2.0 * 20 * 2.0)
-    shared = dataclasses.replace(work, processes=4)
-    assert cost.bounds(shared, some).seconds == pytest.approx(cost.bounds(work, some).seconds / 4)
-    assert cost.bounds(shared, some).bytes == cost.bounds(work, some).bytes
+    assert cost.forms(WORK, SIZES).seconds == pytest.approx(0.9 * 3 * 40 * 0.5)
+    assert cost.bounds(WORK, SIZES).seconds == pytest.approx(2.4 * 3 * 40 * 0.5)
+    assert cost.lanczos_value(WORK, SIZES, steps=20).seconds == pytest.approx(2.0 * 20 * 2.0)
+    shared = dataclasses.replace(WORK, processes=4)
+    assert cost.bounds(shared, SIZES).seconds == pytest.approx(cost.bounds(WORK, SIZES).seconds / 4)
+    assert cost.bounds(shared, SIZES).bytes == cost.bounds(WORK, SIZES).bytes
+
+
+def test_groups_take_one_example_at_a_time() -> None:
+    grouped = dataclasses.replace(WORK, grouped=2)
+    expected = 2.4 * 1 * 40 * 0.5 + 40 * (3.0 * 2 * 2.0 + 50 * 0.1)
+    assert cost.bound_seconds(grouped) == pytest.approx(expected)
+    assert cost.measure(grouped, SIZES, steps=20).seconds == pytest.approx(expected)
+
+
+def test_the_graph_of_a_single_batch_is_made_once() -> None:
+    single = dataclasses.replace(WORK, batch=40)
+    vectors = 30 * 120 * 0.1 / 2  # half of the weights
+    assert cost.eigenpairs(WORK, SIZES, 1, 30).seconds == pytest.approx(30 * 9.5 * 40 * 0.5 + vectors)
+    assert cost.eigenpairs(single, SIZES, 1, 30).seconds == pytest.approx((3 + 30 * 6.5) * 40 * 0.5 + vectors)
+    assert cost.density(single, SIZES, 5, 6).seconds == pytest.approx(3 * ((3 + 30 * 6.5) * 40 * 0.5 + vectors))
+    two = dataclasses.replace(single, processes=2)  # each reads every batch each time
+    assert cost.eigenpairs(two, SIZES, 1, 30).seconds == pytest.approx(30 * 9.5 * 20 * 0.5 + vectors)
 
 
 def test_what_is_alive_is_counted() -> None:

@@ -40,15 +40,9 @@ def dinov2() -> transformers.PreTrainedModel:
     return transformers.Dinov2ForImageClassification(config)
 
 
-def resnet() -> transformers.PreTrainedModel:
-    config = transformers.ResNetConfig(
-        num_channels=1,
-        embedding_size=4,
-        hidden_sizes=[4, 8],
-        depths=[1, 2],
-        layer_type="basic",
-        num_labels=CLASSES,
-    )
+def resnet(**changes: Any) -> transformers.PreTrainedModel:
+    sizes = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 2], "num_labels": CLASSES}
+    config = transformers.ResNetConfig(**{**sizes, "layer_type": "basic", **changes})
     return transformers.ResNetForImageClassification(config)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from . import cost
 from .cost import Cost, Work
 from .directions import Layers, group_layers
 from .engine import Engine
-from .footprint import Footprint, footprint
+from .footprint import Footprint, Footprints, footprint
 from .forms import LANCZOS_STEPS, check_counts
 from .loss import ExampleLoss, LossFunction
 from .model import Inputs, measuring, some_examples, split_batch
@@ -89,17 +89,17 @@ def measurement_costs(
         ways = {name: leaf.detach() for name, leaf in zip(engine.weights.names, engine.weights.leaves, strict=True)}
         directions = engine.weights.directions(ways)
         work = work_of(engine, directions, inputs, labels, examples, processes, batch_size)
-        some = chunk_footprint(engine, directions, inputs, labels, work)
+        sizes = footprints(engine, directions, inputs, labels, work)
     return {
-        "layer_quadratic_forms": cost.forms(work, some),
-        "sound bounds": cost.bounds(work, some),
-        "Lanczos value": cost.lanczos_value(work, some, lanczos_steps),
-        "measure_hessian": cost.measure(work, some, lanczos_steps),
-        "hessian_trace": cost.trace(work, some, probes),
-        "joint hessian_trace": cost.joint_trace(work, some, probes),
-        "top_eigenpairs": cost.eigenpairs(work, some, eigenvalues, eigenvalue_passes),
-        "spectral_density": cost.density(work, some, density_probes, density_steps),
-        "noise_stability": cost.stability(work, some, probes, probes),
+        "layer_quadratic_forms": cost.forms(work, sizes),
+        "sound bounds": cost.bounds(work, sizes),
+        "Lanczos value": cost.lanczos_value(work, sizes, lanczos_steps),
+        "measure_hessian": cost.measure(work, sizes, lanczos_steps),
+        "hessian_trace": cost.trace(work, sizes, probes),
+        "joint hessian_trace": cost.joint_trace(work, sizes, probes),
+        "top_eigenpairs": cost.eigenpairs(work, sizes, eigenvalues, eigenvalue_passes),
+        "spectral_density": cost.density(work, sizes, density_probes, density_steps),
+        "noise_stability": cost.stability(work, sizes, probes, probes),
     }
 
 
@@ -136,31 +136,40 @@ def work_of(
         copied=weights.copied,
         number=weights.dtype.itemsize,
         processes=processes,
-        forward=_seconds(engine, inputs, labels.device) / batch,
-        forward_alone=_seconds(engine, some_examples(inputs, batch, 0, 1), labels.device),
+        forward=_seconds(partial(weights.logits, inputs), labels.device) / batch,
+        forward_alone=_seconds(partial(weights.logits, some_examples(inputs, batch, 0, 1)), labels.device),
+        grouped=sum(len(direction) > 1 for direction in directions),
+        reading=_seconds(lambda: torch.stack([leaf.sum() for leaf in weights.leaves]), labels.device),
     )
 
 
-def chunk_footprint(
+def footprints(
     engine: Engine, directions: Sequence[Direction], inputs: Inputs, labels: Tensor, work: Work
-) -> Footprint:
-    """What a chunk of products holds, which takes a dozen forward passes of it. Arguments as of :func:`work_of`."""
-    size = work.products_at_once
-    return footprint(
-        engine.weights, engine.loss, some_examples(inputs, len(labels), 0, size), labels[:size], directions
-    )
+) -> Footprints:
+    """What one example and a chunk of products hold, which takes some twenty passes of them. See :func:`work_of`."""
+
+    def first(size: int) -> Footprint:
+        some = some_examples(inputs, len(labels), 0, size)
+        return footprint(engine.weights, engine.loss, some, labels[:size], directions)
+
+    one, size = first(1), work.products_at_once
+    return Footprints(one, one if size == 1 else first(size))
 
 
 @torch.no_grad()
-def _seconds(engine: Engine, inputs: Inputs, device: torch.device) -> float:
-    """Of the second forward pass: a model's first one is slower."""
+def _seconds(action: Callable[[], Tensor], device: torch.device) -> float:
+    """Of the fastest of three runs, after a first one, which is slower; of one thread what it computes: other programs
+    may run beside it."""
     if device.type == "meta":
         return math.nan
-    forward = partial(engine.weights.logits, inputs)
-    _synchronized(forward())
-    start = time.perf_counter()
-    _synchronized(forward())
-    return time.perf_counter() - start
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    _synchronized(action())
+    taken = []
+    for _ in range(3):
+        start = clock()
+        _synchronized(action())
+        taken.append(clock() - start)
+    return min(taken)
 
 
 def _synchronized(tensor: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,22 +18,18 @@ from .loss import ExampleLoss
 from .model import Inputs, Weights
 from .norm_rules import NORMS
 from .product_rules import PRODUCTS
-from .products import Use, differentiating_twice, find_use, find_uses
+from .products import Use, differentiating_twice, find_uses
 from .rules import rule_of
 from .sweep import Direction, passing_all, prepare, reached
 from .tape import Op, Tape, Untraceable, Widest, aten, record
 
-SWEPT = ("adjoints", "remembered", "tangents", "joined", "compared")
+SWEPT = ("adjoints", "remembered", "tangents", "joined", "stacked", "compared")
 SOFTMAXES = (aten._softmax, aten._safe_softmax)
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that some examples keep alive together, in the precision of the measurement.
-
-    0 where the model doesn't have it. Attention copies more for two examples than for one, so a footprint is nearly,
-    not quite, proportional to their number.
-    """
+    """Bytes that some examples keep alive together, in the precision of the measurement; 0 where there is nothing."""
 
     examples: int
     inputs: int
@@ -56,10 +52,12 @@ class Footprint:
     """The most tangents along one direction that moves everything, or the loss's derivatives along it."""
     joined: int
     """The same along one direction for each layer, all at once: few of them move the first layers."""
+    stacked: int
+    """The same with copies of the directions, until their weights are read: several of one weight travel joined."""
     compared: int
     """Elements of the weights whose second derivatives a sweep compares with autograd."""
-    outputs: int
-    """Outputs of the layers that have products in activation space."""
+    told: int
+    """While it is found out whether the layers that have products in activation space hold examples one by one."""
     second: int
     """The graph of a backward pass, beyond ``graph``."""
     bend: int
@@ -69,11 +67,29 @@ class Footprint:
     group: int
     """Elements of the largest one in weight space: the weights of a layer that is a group, or tied."""
 
+
+@dataclass(frozen=True)
+class Footprints:
+    """Of any number of examples, from what one and what some hold.
+
+    Not proportional: attention copies more for two examples than for one, and a convolution's backward pass holds
+    tensors of the weight's size, whatever the number of examples.
+    """
+
+    one: Footprint
+    some: Footprint
+    """The same as ``one`` where a chunk is one example."""
+
     def of(self, examples: int) -> Footprint:
-        """Of another number of examples."""
-        sizes = {f.name: getattr(self, f.name) for f in fields(self)}
-        scaled = {name: -(-size * examples // self.examples) for name, size in sizes.items()}
-        return Footprint(**{**scaled, "group": self.group, "compared": self.compared})
+        """On the line through both; proportional where they are the same."""
+        more = self.some.examples - self.one.examples
+        sizes = {}
+        for field in fields(Footprint):
+            one, some = getattr(self.one, field.name), getattr(self.some, field.name)
+            share = (some - one) / more if more else one
+            sizes[field.name] = max(0, round(one + share * (examples - self.one.examples)))
+        kept = {name: getattr(self.one, name) for name in ("group", "compared")}
+        return Footprint(**{**sizes, "examples": examples, **kept})
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -122,7 +138,7 @@ def footprint(
         weights.logits(inputs)
     found = {**dict.fromkeys(SWEPT, 0), "passing": alive.peak}
     uses: dict[int, Use] = {}
-    alone: dict[int, int] = {}
+    told = 0
     with Alive() as alive:
         try:
             tape = record(lambda: weights.logits(inputs), weights.leaves)
@@ -134,22 +150,17 @@ def footprint(
             kept = alive.now
             if losses.requires_grad:
                 uses = find_uses(tape, directions, losses)
-                alone = _alone(tape, directions, uses)
+                # Patches of convolutions are there already; and gradients in the outputs, twice.
+                told = alive.now + 2 * sum(use.out.nbytes for use in uses.values())
                 found |= _swept(tape, directions, losses, loss, labels, weights.all, alive)
             del tape
-        together = [_vector(use) for use in uses.values()]
-        outs = [use.out for use in uses.values()]
-        outputs = sum(out.nbytes for out in outs)
-        leaves = [weights.leaves[i] for d, direction in enumerate(directions) if d not in uses for i in direction]
-        second, bend = _twice(losses, [*outs, *leaves], alive) if losses.requires_grad else (0, 0)
+        rest = [direction for d, direction in enumerate(directions) if d not in uses]
+        vectors = [_vector(use) for use in uses.values()]
+        leaves = [weights.leaves[i] for direction in rest for i in direction]
+        second, bend = _twice(losses, list(uses.values()), leaves, alive) if losses.requires_grad else (0, 0)
         with_uses = alive.now
-        uses_found = set(uses) | set(alone)
         uses.clear()
-        outs.clear()
         graph = alive.now
-    groups = [
-        sum(v.numel() for v in direction.values()) for d, direction in enumerate(directions) if d not in uses_found
-    ]
     return Footprint(
         examples=len(labels),
         inputs=sum(value.nbytes for value in values if isinstance(value, Tensor)),
@@ -157,25 +168,13 @@ def footprint(
         tape=kept,
         graph=graph,
         used=with_uses - graph,
-        outputs=outputs,
+        told=told,
         second=second,
         bend=bend,
-        vector=max([*together, *(len(labels) * vector for vector in alone.values())], default=0),
-        group=max(groups, default=0),
+        vector=max(vectors, default=0),
+        group=max((sum(v.numel() for v in direction.values()) for direction in rest), default=0),
         **found,
     )
-
-
-def _alone(tape: Tape, directions: Sequence[Direction], uses: Mapping[int, Use]) -> dict[int, int]:
-    """Vectors of what has products in activation space for one example, but not for several: shared positions."""
-    found: dict[int, int] = {}
-    for d, direction in enumerate(directions):
-        if d not in uses and len(direction) == 1:
-            ((leaf, v),) = direction.items()
-            use = find_use(tape, leaf, v, 1)
-            if use is not None:
-                found[d] = _vector(use)
-    return found
 
 
 def _vector(use: Use) -> int:
@@ -183,19 +182,25 @@ def _vector(use: Use) -> int:
     return min(rows, width) * use.out.numel() // rows
 
 
-def _twice(losses: Tensor, outs: Sequence[Tensor], alive: Alive) -> tuple[int, int]:
-    """The graph of the backward pass, and the most of one through it to the first of ``outs``; no results."""
+def _twice(losses: Tensor, uses: Sequence[Use], leaves: Sequence[Tensor], alive: Alive) -> tuple[int, int]:
+    """The graph of the backward pass, and the most of one through it to the first of uses and leaves; no results."""
     before = alive.now
+    outs = [*(use.out for use in uses), *leaves]
     with differentiating_twice():
         gradients = torch.autograd.grad(losses.sum(), outs, create_graph=True, allow_unused=True)
     results = sum(g.nbytes for g, out in zip(gradients, outs, strict=True) if g is not None and out.is_leaf)
     second = alive.now - before - results
-    curved = [(g, out) for g, out in zip(gradients, outs, strict=True) if g is not None and g.requires_grad]
+    curved = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
     if not curved:
         return second, 0
-    gradient, out = curved[0]
+    first, gradient = curved[0]
+    out = outs[first]
     before = alive.peak = alive.now
-    along = torch.ones_like(gradient)
+    if first < len(uses):  # as products do it: by rows, which convolutions copy
+        moved = uses[first].rows(torch.ones_like(gradient)).clone(memory_format=torch.contiguous_format)
+        along = uses[first].unrows(moved)
+    else:
+        along = torch.ones_like(gradient)
     with differentiating_twice():
         torch.autograd.grad(gradient, out, along, retain_graph=True, allow_unused=True)
     return second, alive.peak - before - (along.nbytes + out.nbytes if out.is_leaf else 0)
@@ -223,10 +228,11 @@ def _swept(
     before = alive.peak = alive.now
     loss.curvature(tape.logits.detach(), labels, torch.zeros_like(tape.logits).unsqueeze(0))
     head = alive.peak - before
-    one, all_of_them = _tangents(tape, weights, directions)
+    one, *all_of_them = _tangents(tape, weights, directions)
     chosen = passing_all(tape, directions, range(len(directions)))
     compared = sum(v.numel() for d in chosen for v in directions[d].values())
-    sizes = adjoints, remembered, max(one, head), max(all_of_them, len(directions) * head), compared
+    heads = len(directions) * head
+    sizes = adjoints, remembered, max(one, head), *(max(most, heads) for most in all_of_them), compared
     return dict(zip(SWEPT, sizes, strict=True))
 
 
@@ -244,32 +250,37 @@ def _remembered(op: Op) -> int:
     return tables * int(op.outs[0].nbytes)
 
 
-def _tangents(tape: Tape, weights: Sequence[Tensor], directions: Sequence[Direction]) -> tuple[int, int]:
-    """The most bytes that tangents hold at once: along one direction that moves all activations, and along all.
+def _tangents(tape: Tape, weights: Sequence[Tensor], directions: Sequence[Direction]) -> list[int]:
+    """The most bytes that tangents hold at once: along one direction that moves all activations, along all, and along
+    all with a copy of the directions themselves.
 
     The tangent of a view is a view, so storages count: those that an operation makes, those that it reads, and those
     that others will still read. Its rule may hold more, of the size of its result.
     """
     reach = reached(tape, directions)
-    sizes = {_storage(weight): (0, 0) for weight in weights}  # V is there already
     readers = Counter(_storage(op.leaves[i]) for op in tape.ops for i in op.active())
-    live, most = [0, 0], [0, 0]
+    sizes = {_storage(w): (0, 0, w.nbytes if readers[_storage(w)] else 0) for w in weights}  # V is there already
+    live = most = [0, 0, sum(copy for _, _, copy in sizes.values())]
     for op in tape.ops:
         for out, slot in zip(op.outs, op.out_slots, strict=True):
             if slot is not None and _storage(out) not in sizes:
                 size = out.untyped_storage().nbytes()
-                sizes[_storage(out)] = size, size * reach[slot].bit_count()
+                moved = size * reach[slot].bit_count()
+                sizes[_storage(out)] = size, moved, moved
                 live = [have + more for have, more in zip(live, sizes[_storage(out)], strict=True)]
-        moving = [i for i in op.active() if any(sizes.get(_storage(op.leaves[i]), ()))]
-        extra = 1 if op.packet in SOFTMAXES else 2 if op.packet in PRODUCTS and moving[1:] else 0
-        made = sizes.get(_storage(op.outs[0]), (0, 0))
+        moving = [i for i in op.active() if any(sizes.get(_storage(op.leaves[i]), ())[:2])]
+        if op.packet is aten.convolution:  # where its own direction joins those that arrive
+            extra = 1 if op.active()[1:] else 0
+        else:
+            extra = 1 if op.packet in SOFTMAXES else 2 if op.packet in PRODUCTS and moving[1:] else 0
+        made = sizes.get(_storage(op.outs[0]), (0, 0, 0))
         most = [max(m, have + extra * more) for m, have, more in zip(most, live, made, strict=True)]
         for i in op.active():
             key = _storage(op.leaves[i])
             readers[key] -= 1
             if not readers[key]:
-                live = [have - less for have, less in zip(live, sizes.get(key, (0, 0)), strict=True)]
-    return most[0], most[1]
+                live = [have - less for have, less in zip(live, sizes.get(key, (0, 0, 0)), strict=True)]
+    return most
 
 
 def _storage(tensor: Tensor) -> int:

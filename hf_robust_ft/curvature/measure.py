@@ -22,7 +22,7 @@ from .candidates import CANDIDATES, Candidate, Candidates
 from .directions import Group, Layers, group_layers, lengths_of, travelled
 from .division import Pair, divided
 from .engine import Engine
-from .estimate import chunk_footprint, work_of
+from .estimate import footprints, work_of
 from .forms import LANCZOS_STEPS, check_counts
 from .loss import ExampleLoss, LossFunction
 from .model import Inputs, measuring, some_examples
@@ -68,9 +68,10 @@ def measure_hessian(
        the largest of the others is below the largest value found (the layer is *settled*), the time is over, or
        8 examples a layer have been looked at.
 
-    Cost on a CPU: about 2.4 forward passes a layer and batch for the first pass, and 2 of one example for each step of
-    Lanczos; both are logged before they start. Memory: a chunk of examples, and the inputs of those that may go to the
-    second pass; there, for a group of weights or a tied one, ``lanczos_steps`` times as much as these weights.
+    Cost on a CPU: about 2.4 forward passes a layer and batch for the first pass (for a group of weights 3 of each
+    example alone), and 2 of one example for each step of Lanczos; both are logged before they start. Memory: a chunk of
+    examples, and the inputs of those that may go to the second pass; there, for a group of weights or a tied one,
+    ``lanczos_steps`` times as much as these weights.
 
     Args:
         model: any transformers model, or a module that takes the batch's inputs. Measured in eval mode and at least
@@ -221,14 +222,14 @@ class _Run:
         self._estimate = cost.bound_seconds(work)
         if not logger.isEnabledFor(logging.INFO):
             return
-        some = chunk_footprint(self._engine, self._directions, inputs, labels, work)
-        value = cost.lanczos_value(work, some, self._steps).seconds
+        sizes = footprints(self._engine, self._directions, inputs, labels, work)
+        value = cost.lanczos_value(work, sizes, self._steps).seconds
         logger.info(
             "sound bounds of %d layers: about %.0f s for %s; then Lanczos within time_budget: about %.2g s a value, "
             "%.0f s for one value a layer, at most %d times that. Memory: %.3g GB more than the model, its reference "
             "and a batch",
             work.layers, self._estimate, f"{batches} batches" if batches else "a batch", value, work.layers * value,
-            CANDIDATES, cost.measure(work, some, self._steps).bytes / 1e9,
+            CANDIDATES, cost.measure(work, sizes, self._steps).bytes / 1e9,
         )  # fmt: skip
 
     def _add(self, inputs: Inputs, labels: Tensor, first: int) -> None:

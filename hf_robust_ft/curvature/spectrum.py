@@ -29,9 +29,9 @@ from .probes import Distribution, Probes
 WHOLE_MODEL: Layers = {"model": "*"}
 """All layers as one."""
 
-# Of ARPACK, each of up to about 20 products. What has not converged by then lies in a dense part of the spectrum, or
-# below the rounding of the products.
-MAX_RESTARTS = 50
+# Of ARPACK, each of up to 9 products, or one more than the eigenvalues. What has not converged by then lies in a dense
+# part of the spectrum, or below the rounding of the products.
+MAX_RESTARTS = 100
 
 Product = Callable[[Tensor], Tensor]
 """v → H v, [P] → [P] in float64."""
@@ -105,8 +105,8 @@ def top_eigenpairs(
     eigenvalue outweighs the most positive one, far from a minimum.
 
     By implicitly restarted Lanczos (ARPACK, :func:`scipy.sparse.linalg.eigsh`), one layer after the other. Each
-    Hessian-vector product is a pass over the dataloader, and a layer takes 20 to 40 of them where its first
-    eigenvalues stand out. ``max(2 count + 1, 20)`` float64 vectors of the layer's size are kept in memory; a layer
+    Hessian-vector product is a pass over the dataloader, and a layer takes 15 to 40 of them where its first
+    eigenvalues stand out. ``max(2 count + 1, 10)`` float64 vectors of the layer's size are kept in memory; a layer
     that is not larger than that is solved densely. Like every method that starts from one vector, this may miss
     copies of a multiple eigenvalue.
 
@@ -257,6 +257,14 @@ def _starts(distribution: Distribution, count: int, mean: MeanLoss, seed: int) -
     return (torch.cat([part.to(leaves[0]).flatten() for part in probes[p]]) for p in range(count))
 
 
+def basis(count: int) -> int:
+    """How many vectors ARPACK keeps for some eigenvalues.
+
+    Its default for symmetric matrices is at least 20, which takes twice the memory, and as many or more products.
+    """
+    return max(2 * count + 1, 10)
+
+
 def _largest(product: Product, start: Tensor, count: int, tolerance: float) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues, [count], and eigenvectors, [count, P], on the CPU in float64.
 
@@ -264,7 +272,7 @@ def _largest(product: Product, start: Tensor, count: int, tolerance: float) -> t
         ArpackNoConvergence: see :func:`~scipy.sparse.linalg.eigsh`.
     """
     size = len(start)
-    vectors_kept = max(2 * count + 1, 20)  # eigsh's own default
+    vectors_kept = basis(count)
     if size <= vectors_kept:
         dense = torch.stack([product(unit) for unit in torch.eye(size).to(start)]).cpu()
         values, columns = torch.linalg.eigh((dense + dense.t()) / 2)

@@ -4,9 +4,9 @@
     python recipes/bench_cost.py --extrapolate
 
 Each case has a fresh process. There, ``measurement_costs`` predicts, and each measurement runs for a batch; the peak of
-resident memory is read beyond what the process held before. What takes longer than ``--seconds`` is stopped, and may
-not have come to its peak. Seconds are those that the process computes, as other programs may run: give it one thread,
-``OMP_NUM_THREADS=1``. They are predicted for as many products as the eigenvalues took; those of ``measure_hessian``
+resident memory (on a GPU: of allocated tensors) is read beyond what the process held before. What takes longer than
+``--seconds`` is stopped, and may not have come to its peak. Seconds are those that the process computes, as other
+programs may run: give it one thread, ``OMP_NUM_THREADS=1``. On a GPU they are those that pass. They are predicted for as many products as the eigenvalues took; those of ``measure_hessian``
 depend on its time budget. Ratios are predicted / measured. ``--extrapolate`` counts a ViT-H/14 and a language model of
 7B parameters on the meta device: nothing of them is run.
 """
@@ -66,6 +66,9 @@ CASES: dict[str, tuple[Path | PreTrainedConfig, int, int]] = {
     "DINOv2-small, 257 tokens": (HERE.parent / ".assets/models/dinov2-small", 224, 1),
     "ResNet-18, 64 pixels": (RESNET, 64, 4),
 }
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cuda":
+    CASES["ViT-B, 197 tokens"] = (ViTConfig(num_labels=CLASSES), 224, 16)
 Measurement = Callable[[Any, Any, Any], Any]
 MEASUREMENTS: dict[str, tuple[Any, Measurement]] = {
     "layer_quadratic_forms": ("weights", lambda m, b, r: layer_quadratic_forms(m, b, r)),
@@ -140,6 +143,7 @@ def one(case: str, names: Sequence[str], seconds: int) -> None:
     model_of, size, examples = CASES[case]
     torch.manual_seed(0)
     model, batch = load(model_of, size, examples)
+    model, batch = model.to(DEVICE), {key: value.to(DEVICE) for key, value in batch.items()}
     reference = {n: p.detach() + 0.01 * p.detach().std(correction=0) for n, p in model.named_parameters()}
     signal.signal(signal.SIGALRM, _time_is_up)
     for name in names:
@@ -149,17 +153,14 @@ def one(case: str, names: Sequence[str], seconds: int) -> None:
             density_probes=PROBES, density_steps=STEPS,
         )  # fmt: skip
         predicted = costs()[name.partition(",")[0]]
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # small blocks, too, go back
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
-        before = resident("VmRSS")
-        started = time.process_time()
+        before = held()
+        started = clock()
         found = run(lambda: measure(model, batch, reference), seconds)  # noqa: B023
-        taken = time.process_time() - started
+        taken = clock() - started
         row = {
             "name": name,
             "predicted MB": predicted.bytes / 1e6,
-            "MB": (resident("VmHWM") - before) / 1e6,
+            "MB": (peak() - before) / 1e6,
             "predicted seconds": predicted.seconds,
             "seconds": taken,
             "stopped": found is None or not getattr(found, "complete", True),
@@ -194,6 +195,29 @@ def load(given: Path | PreTrainedConfig, size: int, examples: int) -> tuple[Any,
         ids = torch.randint(text // 10, text, (examples, size))
         return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **batch}
     return model, {"pixel_values": torch.randn(examples, 3, size, size), **batch}
+
+
+def held() -> int:
+    """Bytes that are in use; the peak is counted from now."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # small blocks, too, go back
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def peak() -> int:
+    return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else resident("VmHWM")
+
+
+def clock() -> float:
+    """Seconds: of the process, as other programs may run; of a GPU, those that pass."""
+    if DEVICE.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def resident(name: str) -> int:

@@ -6,9 +6,10 @@
 Each case has a fresh process. There, ``measurement_costs`` predicts, and each measurement runs for a batch; the peak of
 resident memory (on a GPU: of allocated tensors) is read beyond what the process held before. What takes longer than
 ``--seconds`` is stopped, and may not have come to its peak. Seconds are those that the process computes, as other
-programs may run: give it one thread, ``OMP_NUM_THREADS=1``. On a GPU they are those that pass. They are predicted for as many products as the eigenvalues took; those of ``measure_hessian``
-depend on its time budget. Ratios are predicted / measured. ``--extrapolate`` counts a ViT-H/14 and a language model of
-7B parameters on the meta device: nothing of them is run.
+programs may run: give it one thread, ``OMP_NUM_THREADS=1``. On a GPU they are those that pass. They are predicted for
+as many products as the eigenvalues took; those of ``measure_hessian`` depend on its time budget. Ratios are predicted /
+measured. ``--extrapolate`` counts a ViT-H/14 and a language model of 7B parameters on the meta device: nothing of them
+is run.
 """
 
 from __future__ import annotations

@@ -114,6 +114,7 @@ def make_trainer(
     )
     trainer = kind(model=make_model(options), args=arguments)
     trainer.create_optimizer()
+    trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)  # which casts what it computes
     trainer.current_gradient_accumulation_steps = 1
     return trainer
 
@@ -123,7 +124,7 @@ def step(trainer: Trainer, batch: dict[str, Any]) -> float:
     wait()
     started = time.perf_counter()
     items = trainer._get_num_items_in_batch([batch], trainer.args.device)
-    trainer.training_step(trainer.model, dict(batch), items)
+    trainer.training_step(trainer.model_wrapped, dict(batch), items)
     torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
     trainer.optimizer.step()
     trainer.callback_handler.on_optimizer_step(trainer.args, trainer.state, trainer.control)

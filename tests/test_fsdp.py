@@ -23,7 +23,7 @@ SAME = ["trainer", "resuming", "loading", "again", "wrapped", "posteriors", *(["
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
     run("fsdp.py", out, 1, "base", *SAME, "card")
-    run("fsdp.py", out, 2, *SAME, "card", "precision", "freed", "refusals")
+    run("fsdp.py", out, 2, *SAME, "card", "precision", "freed", "unloaded", "refusals")
     return out
 
 
@@ -87,6 +87,11 @@ def test_one_process_writes_the_card(runs: Path) -> None:
     (whole,) = results(runs, "card", 1)
     close(results(runs, "card", 2)[0], whole, "card")
     assert any(row["distance"] for row in whole["rows"])
+
+
+def test_an_optimizer_that_lacks_a_weight_is_refused(runs: Path) -> None:
+    for said in results(runs, "unloaded", 2):
+        assert said.startswith("ValueError: with cpu_ram_efficient_loading the optimizer of a process got one weight")
 
 
 def test_what_cannot_work_is_refused_at_once(runs: Path) -> None:

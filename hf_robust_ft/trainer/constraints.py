@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -67,8 +67,8 @@ class ConstrainedTrainer(CorrectedTrainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """As ``Trainer._prepare_for_training``; FSDP2 shards the model here, and what hangs on its weights follows."""
-        self._shards_are_due = self._awaits_shards
-        if self._shards_are_due:
+        sharded_now = self._shards_are_due = self._awaits_shards
+        if sharded_now:
             # The first process knows which layers are fresh: others may have no weights yet, and say nothing of them.
             fresh = broadcast_object_list([self.constraints.fresh])[0]
             # A weight that is held here would stay whole beside its shards.
@@ -77,7 +77,21 @@ class ConstrainedTrainer(CorrectedTrainer):
             max_steps, train_dataloader, resume_from_checkpoint
         )
         self._follow_shards()
+        if sharded_now:
+            self._check_optimizer()
         return prepared
+
+    def _check_optimizer(self) -> None:
+        """Refuse to train what Accelerate (1.15) mixes up: it tells weights apart by their memory, of which those that
+        a process did not load, such as a new head's, have none."""
+        assert self.optimizer is not None
+        weights = [id(weight) for group in self.optimizer.param_groups for weight in group["params"]]
+        if any(gather_object([len(set(weights)) < len(weights)])):
+            raise ValueError(
+                "with cpu_ram_efficient_loading the optimizer of a process got one weight for another, which would not "
+                "be trained, as for a new head; set fsdp_config={'cpu_ram_efficient_loading': False}, or accelerate "
+                "launch --fsdp_cpu_ram_efficient_loading false"
+            )
 
     def _follow_shards(self) -> None:
         """Once the model is sharded, and before a checkpoint is loaded into it."""

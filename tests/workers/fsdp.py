@@ -130,6 +130,18 @@ def loading(out: Path) -> dict[str, Any]:
     return summary(training) | {"radii": training.constraints.radii}
 
 
+def unloaded(out: Path) -> str:
+    """A new head of two weights, which the second process has not loaded: Accelerate takes one for the other."""
+
+    def load() -> Any:
+        model = whole_model()
+        if RANK > 0:
+            model.classifier.to("meta")
+        return model
+
+    return said(lambda: train(out / "unloaded", load, fsdp={"cpu_ram_efficient_loading": True}))
+
+
 def again(out: Path) -> dict[str, Any]:
     """Evaluations leave some weights whole; noise and balls are those of the shards, and centres the first ones."""
     settings: dict[str, Any] = {"layer_radius": {"*pooler*": 0.01, "*encoder*": 0.005}, "hessian_penalty": 0.05}
@@ -231,4 +243,6 @@ def refusals(out: Path) -> dict[str, str]:
 
 if __name__ == "__main__":
     assert PartialState(cpu=True).num_processes == PROCESSES
-    answer(trainer, resuming, base, loading, again, wrapped, posteriors, precision, tied, freed, card, refusals)
+    answer(
+        trainer, resuming, base, loading, unloaded, again, wrapped, posteriors, precision, tied, freed, card, refusals
+    )

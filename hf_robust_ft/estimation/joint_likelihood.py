@@ -105,7 +105,7 @@ def _by_splits(fit: JointFit, scores: Matrix, labels: Labels, gold: Gold | None)
     """A higher maximum, if splitting one of the largest classes in two and giving up one of the smallest leads to one.
 
     Under pair flips a climb can end where one class stands for two true ones and another for next to none: for 1,000
-    WordNet definitions with pair flips of 40 % in 4 of 41 draws (recipes/RESULTS.md). No small step leads out of there,
+    WordNet definitions with pair flips of 40 % in 3 of 41 draws (recipes/RESULTS.md). No small step leads out of there,
     as the classes in between would have to take each other's places. (Split and merge: Ueda et al. 2000.)
     """
     shape = fit.weights.shape

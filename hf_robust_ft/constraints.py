@@ -278,16 +278,21 @@ class LayerConstraints:
         return {ball.layer.name: ball.distance(self.norm) for ball in self._balls} | self._pulled_distances()
 
     def _pulled_distances(self) -> dict[str, float]:
-        """Of the layers that have no ball."""
-        balls = self.radii
         return {
-            layer.name: _distance(layer, self._centres[layer.name], "frobenius")
-            for layer in self._pulled
-            if layer.name not in balls
+            name: _distance(layer, self._centres[name], "frobenius") for name, layer in self._pulled_alone().items()
         }
 
-    def table(self) -> ConstraintTable:
-        """Every trained parameter: its centre, radius, norm and distance, or why it is free."""
+    def _pulled_alone(self) -> dict[str, Layer]:
+        """Those that have no ball."""
+        balls = self.radii
+        return {layer.name: layer for layer in self._pulled if layer.name not in balls}
+
+    def table(self, *, distances: bool = True) -> ConstraintTable:
+        """Every trained parameter: its centre, radius, norm and distance, or why it is free.
+
+        Args:
+            distances: False leaves them out. Of sharded weights, all processes must take them together.
+        """
         rows = [
             ConstraintRow(
                 name=ball.layer.name,
@@ -295,14 +300,14 @@ class LayerConstraints:
                 centre="initial" if ball.layer.fresh else "pretrained",
                 radius=ball.radius,
                 norm=self.norm,
-                distance=ball.distance(self.norm),
+                distance=ball.distance(self.norm) if distances else None,
                 free=None,
                 tied=ball.layer.tied,
                 factors=_factors(ball.layer),
             )
             for ball in self._balls
         ]
-        pulled = self._pulled_distances()
+        pulled = self._pulled_distances() if distances else dict.fromkeys(self._pulled_alone())
         for row in self._free:
             if row.name in pulled:
                 row = replace(

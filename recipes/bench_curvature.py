@@ -280,9 +280,7 @@ def summary(work: Work, methods: Sequence[Method], forwards: Sequence[float], me
         }
     ours = [kind for kind in options.kinds if kind in rows]
     return {
-        "model": Path(options.model_name_or_path).name
-        if options.model_name_or_path
-        else f"ViT, {options.size}, random weights",
+        "model": title(options),
         "layers": layers,
         "tokens": work.tokens,
         "examples": examples,

@@ -7,7 +7,8 @@ Two Trainers of one model take turns, step by step, on the same batch: transform
 forward correction and a radius so small that every layer is projected at every step. The third figure of each
 round projects again in the usual way, ``reference + scale * (weight - reference)`` with new tensors.
 Without ``--model_name_or_path`` the model is a ViT of ``--size`` with random weights: the same work. The floating-point
-operations of a step are three times those of a forward pass, as torch counts them (matrix products alone).
+operations of a step are three times those of a forward pass, as torch counts them: matrix products, on a CPU without
+those of attention.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def main() -> None:
         for name, trainer in (("plain", plain), ("robust", robust)):
             held = peak_memory(reset=True)
             found[name] = step(trainer, batch)
-            memory[name] = max(memory[name], peak_memory() - held)
+            memory[name] = peak_memory() - held  # of the last step: the first one makes the optimizer's states
         active.append(sum(row.active for row in robust.constraint_table()))
         found["naive projection"] = project_naively(robust.model, naive, list(robust.constraints.radii))
         if round_number >= 3:  # the first ones warm caches up
@@ -85,7 +86,7 @@ def main() -> None:
         "ratio of medians robust / plain": statistics.median(times["robust"]) / statistics.median(times["plain"]),
         "images a second": {name: options.batch_size / statistics.median(times[name]) for name in memory},
         "TFLOP/s": {name: 3e-12 * counter.get_total_flops() / statistics.median(times[name]) for name in memory},
-        "GB beyond both models": {name: value / 1e9 for name, value in memory.items()},
+        "GB beyond both models and their optimizers": {name: value / 1e9 for name, value in memory.items()},
         "layers projected at every step": f"{min(active)} of {len(robust.constraints)}",
         "bytes kept / bytes of constrained weights": kept / constrained,
         "rounds": options.rounds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ def test_the_table_lists_every_trained_parameter(model: nn.Module) -> None:
     for row in table:
         assert (row.free is None) == (row.radius is not None) == (row.distance is not None)
         assert row.shape == tuple(model.get_parameter(row.name).shape)
+    assert list(constraints.table(distances=False)) == [replace(row, distance=None) for row in table]
     query = next(row for row in table if row.name.endswith("layer.1.attention.self.query.weight"))
     assert query.active
     assert query.norm == "frobenius"

@@ -399,6 +399,19 @@ def test_a_model_held_in_bfloat16_stays_in_its_balls(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_model_that_was_compiled_before_is_resumed(tmp_path: Path) -> None:
+    def compiled() -> HessianRegularizedTrainer:
+        torch.manual_seed(0)
+        model: Any = torch.compile(tiny.bert(), backend="eager")
+        settings = {"save_strategy": "steps", "save_steps": 1, "remove_unused_columns": False}
+        return tiny.trainer(tmp_path, model, layer_radius=0.01, max_steps=2, **settings)
+
+    straight, resumed = compiled(), compiled()
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    tiny.assert_equal_weights(tiny.weights(resumed.model), tiny.weights(straight.model))
+
+
 def test_torch_compile_trains_the_same(tmp_path: Path) -> None:
     runs = []
     for compiled in (False, True):

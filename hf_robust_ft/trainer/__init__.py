@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from ..checkpoint import last_complete_checkpoint
+from ..sharding import has_shards
 from .saving import SavingTrainer
 
 
@@ -101,7 +102,8 @@ class HessianRegularizedTrainer(SavingTrainer):
         self._before_training(resume_from_checkpoint or None, trial)
         with self._interruptible(trial):
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        self._trained_table = self.constraint_table()
+        if has_shards(self._model):
+            self._trained_table = self.constraint_table()
         if trial is None:
             self._measure_at_the_end()
             if self.args.push_to_hub:

@@ -49,7 +49,7 @@ class CardTrainer(MeasuringTrainer):
 
         The signature is ``Trainer``'s; what it has no argument for is set in :attr:`card_data` before. Nothing is
         measured here: that is :meth:`measure_hessian`'s. One process writes, and no other is waited for: of a sharded
-        model, distances are those at the end of training.
+        model, distances are those at the end of training, and none if that was not reached.
         """
         if not self.is_world_process_zero():
             return
@@ -68,7 +68,10 @@ class CardTrainer(MeasuringTrainer):
         best = bool(args.load_best_model_at_end)
         metrics = metric_facts(self.state, best=best)
         known = self._transition is not None
-        table = self._trained_table if has_shards(self._model) else self.constraint_table()
+        if has_shards(self._model):
+            table = self._trained_table or self.constraints.table(distances=False)
+        else:
+            table = self.constraints.table()
         found: dict[str, Any] = {
             **model_facts(self._model),
             **data_facts(self.train_dataset),
@@ -83,7 +86,7 @@ class CardTrainer(MeasuringTrainer):
             },
             "selected_by": args.metric_for_best_model if best else None,
             "correction": correction_of(args),
-            "constraints": list(table or ()) if self.constraints else [],
+            "constraints": list(table) if self.constraints else [],
             "radius_choice": None if self.radius_choice is None else str(self.radius_choice),
         }
         measured, report, bounds = self._measurement_now, None, []

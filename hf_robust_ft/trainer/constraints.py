@@ -85,8 +85,9 @@ class ConstrainedTrainer(CorrectedTrainer):
         """Refuse to train what Accelerate (1.15) mixes up: it tells weights apart by their memory, of which those that
         a process did not load, such as a new head's, have none."""
         assert self.optimizer is not None
-        weights = [id(weight) for group in self.optimizer.param_groups for weight in group["params"]]
-        if any(gather_object([len(set(weights)) < len(weights)])):
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        trained = {id(weight) for weight in weights if weight.requires_grad}
+        if any(gather_object([len(trained) < len(weights)])):
             raise ValueError(
                 "with cpu_ram_efficient_loading the optimizer of a process got one weight for another, which would not "
                 "be trained, as for a new head; set fsdp_config={'cpu_ram_efficient_loading': False}, or accelerate "

@@ -37,7 +37,8 @@ class LabelTrainer(Trainer):
     @property
     def _model(self) -> nn.Module:
         assert self.model is not None  # Trainer's own annotation leaves it open until __init__ ends
-        return getattr(self.model, "_orig_mod", self.model)  # under FSDP it becomes what torch.compile made of it
+        # FSDP2 puts what torch.compile made of it here. One that was compiled before has its names in checkpoints.
+        return getattr(self.model, "_orig_mod", self.model) if self.accelerator.is_fsdp2 else self.model
 
     @property
     def _sharded_by(self) -> str | None:
@@ -47,7 +48,7 @@ class LabelTrainer(Trainer):
         if self.is_fsdp_enabled:
             return None if self.accelerator.is_fsdp2 else "FSDP version 1"
         # The run would not be the one that was meant.
-        return "FSDP that was asked for but is not in effect, as on a CPU" if self.args.fsdp else None
+        return "FSDP that is not Accelerate's, or not in effect, as on a CPU" if self.args.fsdp else None
 
     @property
     def _awaits_shards(self) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 # Nothing here may ask the Hub; set before any test imports a library that reads it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +17,14 @@ import torch
 
 # Tiny models lose more to threads waiting for each other than they gain.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def recipe() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of the recipes by its name, as they import each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent.parent / "recipes")
+        yield importlib.import_module
 
 
 @pytest.fixture

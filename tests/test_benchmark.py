@@ -21,19 +21,9 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 @pytest.fixture(scope="module")
-def recipes() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(RECIPES))
-        import benchmark
-        import benchmark_baselines
-        import benchmark_data
-        import benchmark_methods
-        import benchmark_report
-
-        yield {
-            module.__name__.removeprefix("benchmark_"): module
-            for module in (benchmark, benchmark_baselines, benchmark_data, benchmark_methods, benchmark_report)
-        }
+def recipes(recipe: Any) -> dict[str, ModuleType]:
+    parts = ("baselines", "data", "methods", "report")
+    return {"benchmark": recipe("benchmark")} | {part: recipe(f"benchmark_{part}") for part in parts}
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +23,13 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 @pytest.fixture(scope="module")
-def study() -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(RECIPES)
-        yield importlib.import_module("bound_study")
+def study(recipe: Any) -> Any:
+    return recipe("bound_study")
 
 
 @pytest.fixture(scope="module")
-def tables(study: Any) -> Any:
-    return importlib.import_module("bound_study_report")
+def tables(recipe: Any) -> Any:
+    return recipe("bound_study_report")
 
 
 def run(way: str, n: int, seed: int, **values: float) -> dict[str, Any]:

@@ -19,12 +19,8 @@ PROBES = 400
 
 
 @pytest.fixture
-def recipes(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(RECIPES))
-    import curvature_baselines
-    import spectrum_baselines
-
-    return {**vars(curvature_baselines), **vars(spectrum_baselines)}
+def recipes(recipe: Any) -> dict[str, Any]:
+    return {**vars(recipe("curvature_baselines")), **vars(recipe("spectrum_baselines"))}
 
 
 def directions() -> dict[str, Tensor]:

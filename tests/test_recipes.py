@@ -217,16 +217,14 @@ def test_weak_supervision_by_default(tmp_path: Path) -> None:
     assert re.search(r"food_drinks +5 +\d", text)
 
 
-def test_rules_vote_where_their_words_stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(RECIPES))
-    from supersense_rules import NAMES, PATTERNS, vote
-
-    classes = sorted(PATTERNS)
+def test_rules_vote_where_their_words_stand(recipe: Any) -> None:
+    rules = recipe("supersense_rules")
+    names, vote, classes = rules.NAMES, rules.vote, sorted(rules.PATTERNS)
     votes = vote(["a small BIRD of prey", "birdlike", "someone who shirks duty"], classes)
-    assert votes.shape == (3, len(NAMES))
-    assert votes[0, NAMES.index("animal_kinds")] == classes.index("animal")
+    assert votes.shape == (3, len(names))
+    assert votes[0, names.index("animal_kinds")] == classes.index("animal")
     assert (votes[1] == -1).all()
-    assert votes[2, NAMES.index("person_opening")] == classes.index("person")
+    assert votes[2, names.index("person_opening")] == classes.index("person")
     with pytest.raises(ValueError, match=r"the rules vote for \['animal'\], but the classes are"):
         vote(["a bird"], [name for name in classes if name != "animal"])
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-RECIPES = Path(__file__).parent.parent / "recipes"
-
 
 @pytest.fixture(scope="module")
-def resumable() -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(RECIPES)
-        yield importlib.import_module("resumable")
+def resumable(recipe: Any) -> Any:
+    return recipe("resumable")
 
 
 def test_a_line_that_was_cut_off_harms_no_other(

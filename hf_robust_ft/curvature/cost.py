@@ -22,7 +22,7 @@ trace, separate probes      as exact forms, with the probes in the place of V, o
                             autograd compares; directions of one weight that travel together are copied
 trace, joint probes         B examples of a batch at once: ``graph + second + b P (2 + probes kept)``, and
                             ``bend`` or 3 b times the largest tensor
-eigenpairs                  a product, and ``8 P (m + 5) + 2 b P``, with ``m = max(2 count + 1, 10)`` vectors of ARPACK
+eigenpairs                  a product, and ``8 P (m + 5) + 2 b P``, with ``m = max(2 count + 1, 14)`` vectors of ARPACK
 spectral density            a product, and ``b P (steps + 3)``, and the probes kept (less for the last of several
                             layers: their graphs are shorter)
 a product of these          the larger of ``graph + second + bend + 2 b P + 8 P`` of a batch and ``16 P``; to the latter

@@ -106,7 +106,7 @@ def top_eigenpairs(
 
     By implicitly restarted Lanczos (ARPACK, :func:`scipy.sparse.linalg.eigsh`), one layer after the other. Each
     Hessian-vector product is a pass over the dataloader, and a layer takes 15 to 40 of them where its first
-    eigenvalues stand out. ``max(2 count + 1, 10)`` float64 vectors of the layer's size are kept in memory; a layer
+    eigenvalues stand out. ``max(2 count + 1, 14)`` float64 vectors of the layer's size are kept in memory; a layer
     that is not larger than that is solved densely. Like every method that starts from one vector, this may miss
     copies of a multiple eigenvalue.
 

@@ -8,6 +8,7 @@ its classes are known by their names.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +63,8 @@ class LowRank:
             names = (f"lora_embedding_B.{self.adapter}", f"lora_embedding_A.{self.adapter}")
         else:
             names = (f"lora_B.{self.adapter}.weight", f"lora_A.{self.adapter}.weight")
-        return {f"{self.path}.{name}".lstrip("."): self.wrapper.get_parameter(name) for name in names}
+        # Not get_parameter: a measurement has plain tensors in their place.
+        return {f"{self.path}.{name}".lstrip("."): operator.attrgetter(name)(self.wrapper) for name in names}
 
     @property
     def scale(self) -> float:
@@ -247,13 +249,18 @@ def _why_no_product(layer: LowRank, config: Any) -> str | None:
 
 def _refuse_shared(found: Adapters) -> None:
     """Layers that share a factor can't each be moved alone."""
-    owners: dict[int, str] = {}
+    owners: dict[tuple[int, int | torch.SymInt], str] = {}
     for layer in found.products:
         for factor in layer.factors.values():
             # Shards of a distributed tensor have no address.
-            owner = owners.setdefault(factor.data_ptr(), layer.name) if type(factor.data) is Tensor else layer.name
+            owner = owners.setdefault(_memory(factor), layer.name) if type(factor.data) is Tensor else layer.name
             if owner != layer.name:
                 found.problems.append(f"the adapters of {owner} and {layer.name} share a factor")
+
+
+def _memory(tensor: Tensor) -> tuple[int, int | torch.SymInt]:
+    """The same for tensors that share memory, also while that is given back (:mod:`~.curvature.paging`)."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 def _kind(config: Any) -> str:

@@ -65,6 +65,11 @@ def start_weights(model: nn.Module, known: Mapping[str, Tensor]) -> dict[str, Te
     return {**capture_reference(layer for layer in layers if layer.name not in known), **known}
 
 
+def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Of every layer, by the names of :func:`start_weights`."""
+    return {layer.name: layer.parameter for layer in find_layers(model)[0]}
+
+
 def save_start(start: Mapping[str, Tensor], folder: Path) -> str:
     """Write them beside the checkpoints; the hash that :func:`record_start` wants."""
     save_reference(start, folder, START_FILE)

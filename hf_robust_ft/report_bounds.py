@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,15 +51,18 @@ def report_bounds(
     check_count(n)
     found = [_hessian(report, n, transition, epsilon, lanczos=lanczos) for lanczos in (False, True)]
     if model is not None and reference is not None:
-        pairs = []
         with whole_weights(model):
-            for layer in find_layers(model)[0]:
-                weight, centre = weight_and_reference(layer, reference)
-                if layer.row_dims == (1,):  # outputs second
-                    weight, centre = weight.transpose(0, 1), centre.transpose(0, 1)
-                pairs.append((weight, centre))
-        found += distance_measures(pairs, n=n, margin=margin, largest_loss=report.losses.maximum)
+            pairs = _weights_and_references(model, reference)
+            found += distance_measures(pairs, n=n, margin=margin, largest_loss=report.losses.maximum)
     return [*found, *others]
+
+
+def _weights_and_references(model: nn.Module, reference: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    for layer in find_layers(model)[0]:
+        weight, centre = weight_and_reference(layer, reference)
+        if layer.row_dims == (1,):  # outputs second
+            weight, centre = weight.transpose(0, 1), centre.transpose(0, 1)
+        yield weight, centre
 
 
 def _hessian(report: HessianReport, n: int, transition: Any, epsilon: float, *, lanczos: bool) -> Bound:

@@ -32,6 +32,11 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def computing_device(tensor: Tensor) -> torch.device:
+    """Where a tensor is when it is whole: shards may be offloaded to the CPU."""
+    return torch.device(tensor.device_mesh.device_type) if isinstance(tensor, DTensor) else tensor.device
+
+
 def shard(tensor: Tensor) -> Tensor:
     """What this process holds: the tensor itself where it is not sharded. Shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -7,7 +7,8 @@
 Each run appends one line of JSON to ``--output``; runs that stand there are skipped, so that the command that broke
 off is also the one that goes on. Several processes share the runs, each on a GPU of its own where there are as many.
 Settings are those of ``--settings``, which ``python recipes/benchmark_report.py --freeze`` chose from the runs of
-``--tune``:
+``--tune``, which goes on beyond a list of learning rates that a method likes best at its end, when it is repeated,
+until it has nothing to do:
 
     torchrun --nproc_per_node 2 recipes/benchmark.py --tune --seeds 0 --noises symmetric-0.4 pair_flip-0.4 \\
         --output outputs/benchmark_development.jsonl
@@ -23,6 +24,8 @@ import json
 import sys
 import time
 import traceback
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,13 +35,16 @@ import torch
 import transformers
 from benchmark_data import NOISES, RULES, SOURCES, Source, draw
 from benchmark_methods import METHODS, Setting, run
-from resumable import append_line, own_share, read_lines
+from benchmark_tuning import outward, scores_of
+from resumable import Line, append_line, own_share, read_lines
 from tqdm import tqdm
 
 from hf_robust_ft import Diagnosis, diagnose
 
 SETTINGS = Path(__file__).parent / "results" / "benchmark_settings.json"
 KEY = ("source", "noise", "seed", "method", "setting")
+Job = tuple[str, str, int, str, Setting]
+"""What ``KEY`` names."""
 VERSIONS = ("torch", "transformers", "accelerate", "datasets")
 
 
@@ -48,7 +54,8 @@ def main() -> int:
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    done = {key(line) for line in read_lines(options.output)}
+    lines = read_lines(options.output)
+    done = {key(line) for line in lines}
     jobs = [
         (name, noise, seed, method, setting)
         for seed in options.seeds
@@ -58,6 +65,8 @@ def main() -> int:
         for method in options.methods
         for setting in settings_of(method, name, options)
     ]
+    if options.tune:
+        jobs += further(lines, jobs)
     folder = options.output.parent / "diagnoses"
     wanted = {job[:3] for job in jobs if key(dict(zip(KEY, job, strict=True))) not in done}
     for name, noise, seed in list(dict.fromkeys(job[:3] for job in jobs))[rank::world]:
@@ -120,6 +129,28 @@ def settings_of(method: str, source: str, options: argparse.Namespace) -> tuple[
             "benchmark_report.py --freeze, or leave it out with --sources and --methods"
         )
     return (chosen[method],)
+
+
+def further(lines: Sequence[Line], jobs: Sequence[Job]) -> list[Job]:
+    """Of each method whose ``jobs`` have all been run, those of learning rates beyond its list: see
+    :func:`~benchmark_tuning.outward`."""
+    done = {key(line) for line in lines}
+    cases: dict[tuple[str, str], set[tuple[str, int]]] = defaultdict(set)
+    for source, noise, seed, method, _ in jobs:
+        cases[source, method].add((noise, seed))
+
+    def missing(of: tuple[str, str], settings: Iterable[Setting]) -> list[Job]:
+        every = [(of[0], noise, seed, of[1], setting) for setting in settings for noise, seed in sorted(cases[of])]
+        return [job for job in every if key(dict(zip(KEY, job, strict=True))) not in done]
+
+    listed = {(job[0], job[3]) for job in jobs if key(dict(zip(KEY, job, strict=True))) not in done}
+    runs = [run for run in lines if (run["noise"], run["seed"]) in cases.get((run["source"], run["method"]), ())]
+    found: list[Job] = []
+    for of, tried in scores_of(runs).items():
+        if of not in listed:
+            # A mean over some of the cases can't be compared.
+            found += missing(of, map(json.loads, tried)) or missing(of, outward(tried))
+    return found
 
 
 def case_folder(folder: Path, name: str, noise: str, seed: int) -> Path:

@@ -23,6 +23,7 @@ from typing import Any
 
 import matplotlib
 from benchmark import SETTINGS
+from benchmark_tuning import chosen_settings
 from comparison import COLOURS, mean_and_error
 from matplotlib import pyplot
 from resumable import read_lines
@@ -56,19 +57,6 @@ def main() -> None:
     picture = options.runs.with_suffix(".png")
     plot(scores, picture)
     print(f"\nDrawn to {picture}")
-
-
-def chosen_settings(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
-    """Source → method → the setting of the highest mean score; of equals the first."""
-    scores: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for run in runs:
-        scores[run["source"], run["method"], json.dumps(run["setting"])].append(run["validation_clean"][-1])
-    best: dict[str, dict[str, tuple[float, Any]]] = defaultdict(dict)
-    for (source, method, setting), found in scores.items():
-        score = statistics.fmean(found)
-        if method not in best[source] or score > best[source][method][0]:
-            best[source][method] = score, json.loads(setting)
-    return {source: {method: each for method, (_, each) in methods.items()} for source, methods in best.items()}
 
 
 def accuracies(runs: Iterable[Run]) -> dict[Case, dict[str, float]]:

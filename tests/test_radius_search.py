@@ -283,6 +283,19 @@ def test_it_works_with_an_estimated_matrix_which_is_estimated_once(
     tiny.assert_equal_weights(tiny.weights(searched.model), tiny.weights(given.model))
 
 
+def test_an_estimate_that_may_be_singular_scores_by_noisy_accuracy(tmp_path: Path) -> None:
+    trainer = auto(
+        tmp_path, noise_transition="estimate", train_dataset=separable(300, 0, 0.2), eval_dataset=separable(60, 1, 0.2)
+    )
+    trainer._study_labels(posteriors=True)
+    assert trainer.noise_estimate is not None
+    # Rare classes leave that open; the labels say enough for posteriors all the same.
+    trainer.noise_estimate = replace(trainer.noise_estimate, singular_value_interval=(0.0, 0.3))
+    trainer.train()
+    assert chosen(trainer).score == "accuracy"
+    assert all(60 * each.score == pytest.approx(round(60 * each.score)) for each in chosen(trainer).candidates)
+
+
 def pretrained(folder: Path) -> nn.Module:
     """Loaded from a file but for a new head, so that the head counts as freshly initialised."""
     torch.manual_seed(0)

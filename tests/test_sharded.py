@@ -26,6 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = ["projection", "half", "measurement"]
     run("sharded.py", out, 1, *names, "base", "trainer", "reading")
     run("sharded.py", out, 2, *names, *(["trainer", "refusals", "reading"] if SHARDS_BY_ITSELF else []))
+    run("sharded.py", out, 2, "paged", "full_disk")
     return out
 
 
@@ -58,6 +59,22 @@ def test_a_sharded_model_is_measured_as_the_whole_one(runs: Path) -> None:
     assert len(first["positive"]) == len(first["upper"]) == 17
     assert first["unchanged"] == [True, True]
     assert first["error"].startswith("ValueError: label 9 lies outside 0..2")
+
+
+@pytest.mark.multiprocess
+def test_it_is_measured_by_processes_that_never_hold_it_whole(runs: Path) -> None:
+    (whole,) = results(runs, "measurement", 1)
+    first, second = results(runs, "paged", 2)
+    assert first == second
+    close(first, whole, "paged")
+
+
+@pytest.mark.multiprocess
+def test_a_disk_too_full_for_the_weights_ends_all_processes(runs: Path) -> None:
+    for rank in results(runs, "full_disk", 2):
+        assert rank.startswith("NotWritten: the weights of a model that is not whole in memory can't be written to ")
+        assert "No space left on device" in rank
+        assert "set TMPDIR" in rank
 
 
 @needs_sharding

@@ -8,7 +8,7 @@ models; their scale says nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ WHAT = "generalization gap, up to constants"
 
 
 def distance_measures(
-    layers: Sequence[tuple[Tensor, Tensor]], *, n: int, margin: float | None = None, largest_loss: float | None = None
+    layers: Iterable[tuple[Tensor, Tensor]], *, n: int, margin: float | None = None, largest_loss: float | None = None
 ) -> list[Bound]:
     """Five measures that the Hessian distance measure is usually compared with.
 
@@ -53,16 +53,19 @@ def distance_measures(
             that is not positive.
     """
     check_count(n)
-    if not layers:
-        raise ValueError("layers is empty; give at least one pair of weight and reference")
     for label, number in (("margin", margin), ("largest_loss", largest_loss)):
         if number is not None and not (number > 0 and math.isfinite(number)):
             raise ValueError(f"{label} is {number}; it is positive and finite, or None where it is not known")
-    norms = [_norms(weight, centre) for weight, centre in layers]
+    # One pair after the other: together they may be more than fits into memory.
+    parameters, norms = 0, []
+    for weight, centre in layers:
+        norms.append(_norms(weight, centre))
+        parameters += weight.numel()
+    if not norms:
+        raise ValueError("layers is empty; give at least one pair of weight and reference")
     spectral, row_sums = [w["spectral"] for w, _ in norms], [w["row_sum"] for w, _ in norms]
     frobenius = math.sqrt(math.fsum(d["frobenius"] ** 2 for _, d in norms))
     root = math.log(n) / 2
-    parameters = sum(weight.numel() for weight, _ in layers)
     travelled = math.fsum(d["spectral"] for _, d in norms)
     degenerate = None if min(spectral) > 0 else "a weight is zero, and its norm a divisor"
     no_margin = degenerate or ("no margin was given" if margin is None else None)

@@ -8,8 +8,8 @@ and on the line through both for others):
 ==========================  ==========================================================================================
 exact forms                 ``b P`` (V) + the largest of: ``tape + adjoints + remembered + K tangents`` (n examples
                             and K directions travel together); ``tape + 2 adjoints + 4 widths`` (are examples apart?);
-                            ``b P + graph`` and ``graph + second + bend + b (compared + p)`` of one example (which
-                            autograd does, too, for a few layers)
+                            ``b t + graph``, t the largest tensor, and ``graph + second + bend + b (compared + p)`` of
+                            one example (which autograd does, too, for a few layers)
 sound bounds                ``b P`` + the largest of: ``tape + patches + 2 outputs + 4 widths`` (as above; patches are
                             the inputs of convolutions by rows); ``graph + used + second + bend``, or
                             ``6 b vector`` in the place of ``bend``; and for groups, of one example,
@@ -49,9 +49,10 @@ remembered   ``12 h T + a T²``      ``9 h T + a T²``
 Tangents grow with the widest activation, not with the blocks. Classes count where they are many: as V with T = 1.
 
 Each measurement has 5 MB more for Python's objects. A half-precision model adds ``b`` times its parameters: it is
-measured on copies. Nothing of this shrinks with more processes, as each holds all weights; the time is divided by
-their number. What is no tensor is not counted: workspaces of convolutions, and the kernels that oneDNN compiles for
-each shape of a convolution and keeps (the first measurement of a ResNet-18 left 32 MB).
+measured on copies. Nothing of this shrinks with more processes, as each holds all weights, but for sharded models that
+are too large for that (:mod:`.paging`), of which V is not held either; the time is divided by their number. What is no
+tensor is not counted: workspaces of convolutions, and the kernels that oneDNN compiles for each shape of a convolution
+and keeps (the first measurement of a ResNet-18 left 32 MB).
 
 Time in forward passes without gradients, per example: 0.9 a layer for exact forms, 2.4 a layer for the sound bounds,
 3.0 of an example alone for those of a group, 2.0 a Lanczos step (recipes/RESULTS.md, "What curvature costs"); for a
@@ -281,7 +282,7 @@ def _compared(work: Work, sizes: Footprints) -> int:
     """What autograd holds to compare one example of a sweep with its own derivatives."""
     one, b = sizes.one, work.number
     chosen = b * (one.compared + min(one.compared, work.largest))
-    return max(b * work.measured + one.graph, one.graph + one.second + one.bend + chosen)
+    return max(b * work.tensor + one.graph, one.graph + one.second + one.bend + chosen)
 
 
 def _products(work: Work, sizes: Footprints) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from ..adapters import find_adapters
 from ..layers import Layer, NotALayer, find_layers
 from ..reference import ReferenceMismatch, adapted_way, stored_weight
-from ..sharding import whole
-from .placement import unwrapped, whole_weights
+from ..sharding import is_sharded, whole
+from .paging import Pages, derived, paged_by
+from .placement import stored_weights, unwrapped
 
 Layers = Literal["weights", "blocks"] | Mapping[str, str | Sequence[str]]
 """Each weight alone, each block of the model as one layer, or name → pattern(s) of the weights that form it."""
@@ -87,28 +89,29 @@ def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Modu
         ReferenceMismatch: weights that the reference lacks, or has in another shape; the message names them.
     """
     if isinstance(reference, nn.Module):
-        model = unwrapped(reference)
-        with whole_weights(model):
-            reference = model.state_dict()
+        reference = stored_weights(unwrapped(reference))
+    layers = [layer for group in groups for layer in group.members]
+    pages: Pages | None = None
+    # Shards are gathered by all processes together, so now; what is whole can be read again.
+    now = any(map(is_sharded, reference.values()))
     ways: dict[str, Tensor] = {}
     missing, misshapen, infinite = [], [], []
-    for layer in (layer for group in groups for layer in group.members):
-        weight = layer.parameter.detach()
+    for layer in layers:
         base = stored_weight(layer, reference)
         if base is None and layer.adapter is None:
             missing.append(layer.name)
-        elif base is not None and base.shape != weight.shape:
-            misshapen.append(f"{layer.name} ({tuple(base.shape)} there, {tuple(weight.shape)} in the model)")
+        elif base is not None and base.shape != layer.parameter.shape:
+            misshapen.append(f"{layer.name} ({tuple(base.shape)} there, {tuple(layer.parameter.shape)} in the model)")
         else:
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            if layer.adapter is not None:
-                way = adapted_way(layer, reference, dtype)
-            else:
-                assert base is not None
-                way = weight.to(dtype) - whole(base.detach()).to(weight.device, dtype)
+            compute = partial(_way, layer, base, reference)
+            way = compute() if now else derived(layer.parameter, compute)
             if not way.norm().isfinite():
                 infinite.append(layer.name)
+            if now and (pages := paged_by([layer.parameter])) is not None:
+                way = pages.stored(way)
             ways[layer.name] = way
+    if now and pages is not None:
+        pages.share()
     problems = [
         *([f"has no weights for {', '.join(missing)}"] if missing else []),
         *([f"has another shape for {', '.join(misshapen)}"] if misshapen else []),
@@ -124,6 +127,15 @@ def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Modu
             "that this model started from (its state_dict before training), or leave these layers out with layers="
         )
     return ways
+
+
+def _way(layer: Layer, base: Tensor | None, reference: Mapping[str, Tensor]) -> Tensor:
+    weight = layer.parameter.detach()
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if layer.adapter is not None:
+        return adapted_way(layer, reference, dtype)
+    assert base is not None
+    return weight.to(dtype) - whole(base.detach()).to(weight.device, dtype)
 
 
 def lengths_of(directions: Sequence[Mapping[int, Tensor]]) -> Tensor:

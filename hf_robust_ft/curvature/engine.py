@@ -15,7 +15,15 @@ from .chunks import product_chunk, sweep_chunk
 from .directions import Group
 from .loss import ExampleLoss, finite
 from .model import Inputs, Weights, some_examples
-from .products import Products, Use, differentiating_twice, find_uses, in_activation_space, in_weight_space
+from .products import (
+    Products,
+    Use,
+    differentiating_twice,
+    each_gradient,
+    find_uses,
+    in_activation_space,
+    in_weight_space,
+)
 from .sweep import Direction, passing_all, prepare, separable, sweep, unruled
 from .tape import Tape, Untraceable, Widest, record
 
@@ -207,15 +215,24 @@ class Engine:
             pairs = [(v.flatten(), g.flatten()) for i, v in direction.items() if (g := vectors.get(i)) is not None]
             return sum((v @ g).item() for v, g in pairs), sum((v.norm() * g.norm()).item() for v, g in pairs)
 
-        first = dict(enumerate(torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)))
-        for direction, slope in zip(directions, slopes.tolist(), strict=True):
-            expected, scale = along(direction, first)
+        found = [[0.0, 0.0] for _ in directions]
+        used: set[int] = set()
+
+        def take(i: int, gradient: Tensor) -> None:
+            for d, direction in enumerate(directions):
+                if i in direction:
+                    inner, most = along({i: direction[i]}, {i: gradient})
+                    found[d] = [found[d][0] + inner, found[d][1] + most]
+                    if d in chosen:
+                        used.add(i)
+
+        each_gradient(loss, leaves, take)
+        for (expected, scale), slope in zip(found, slopes.tolist(), strict=True):
             if not abs(slope - expected) <= tolerance * scale:
                 return False
-        used = sorted({i for d in chosen for i in directions[d] if first[i] is not None})
-        del first  # as large as the model
-        graphs = torch.autograd.grad(loss, [leaves[i] for i in used], create_graph=True)
-        gradients = dict(zip(used, graphs, strict=True))
+        inputs_used = sorted(used)
+        graphs = torch.autograd.grad(loss, [leaves[i] for i in inputs_used], create_graph=True)
+        gradients = dict(zip(inputs_used, graphs, strict=True))
         for d in chosen:
             moving = [i for i in directions[d] if i in gradients]
             bending = [(gradients[i], directions[d][i]) for i in moving if gradients[i].requires_grad]

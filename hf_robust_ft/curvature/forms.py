@@ -109,10 +109,10 @@ def layer_quadratic_forms(
             forms = engine.sweep(inputs, labels, directions)
         else:
             forms = engine.products(inputs, labels, directions, steps=lanczos_steps if kind == "hessian_psd" else None)
+        values = value_of(forms, kind, directions)
     return QuadraticForms(
-        value_of(forms, kind, directions), tuple(g.name for g in groups), kind, forms.losses, forms.gap,
-        tuple(left_out), tuple(engine.notes),
-    )  # fmt: skip
+        values, tuple(g.name for g in groups), kind, forms.losses, forms.gap, tuple(left_out), tuple(engine.notes)
+    )
 
 
 def value_of(forms: Forms, kind: Kind, directions: Sequence[Mapping[int, Tensor]]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel
 from ..adapters import LowRank, merged_in
 from ..corrected_loss import find_logits
 from .directions import Group
-from .placement import whole_weights
+from .paging import derived
+from .placement import HALF, measured_type, whole_weights
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 
@@ -102,8 +104,7 @@ class Weights:
     def __init__(self, model: nn.Module, groups: Sequence[Group]) -> None:
         self._model = model
         tensors = [*model.parameters(), *model.buffers()]
-        self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-        self._half = (torch.float16, torch.bfloat16)
+        self.dtype = measured_type(model)
         # By identity, so that tied tensors stay tied.
         self._stand_ins = {tensor: self.raised(tensor.detach()) for tensor in tensors}
         self.copied = sum(new.numel() for tensor, new in self._stand_ins.items() if new.dtype != tensor.dtype)
@@ -119,7 +120,7 @@ class Weights:
             for layer in group.members:
                 leaf = self._stand_ins[layer.parameter]
                 if layer.adapter is not None:
-                    leaf = leaf + layer.adapter.change(leaf.dtype)
+                    leaf = derived(layer.parameter, partial(_merged_weight, leaf, layer.adapter))
                     self._merged[layer.adapter] = leaf, layer.adapter.bias(leaf.dtype)
                 leaf.requires_grad_()
                 self.members[-1].append(len(self.leaves))
@@ -140,7 +141,7 @@ class Weights:
 
     def raised(self, value: Any) -> Any:
         """A tensor in the precision of the measurement, if it has less."""
-        if isinstance(value, Tensor) and value.dtype in self._half:
+        if isinstance(value, Tensor) and value.dtype in HALF:
             return value.to(self.dtype)
         return value
 
@@ -170,6 +171,10 @@ class Weights:
         finally:
             for member, own in zip(members, saved, strict=True):
                 member.update(own)
+
+
+def _merged_weight(weight: Tensor, adapter: LowRank) -> Tensor:
+    return weight + adapter.change(weight.dtype)
 
 
 def split_batch(batch: Any, model: nn.Module) -> tuple[Inputs, Tensor]:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import extract_model_from_parallel
-from torch import nn
+from accelerate.utils.modeling import get_state_dict_offloaded_model
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from ..processes import Processes
-from ..sharding import has_shards, reshard, whole
+from ..sharding import computing_device, has_shards, reshard, whole
+from .offload_folder import OffloadFolder
+from .paging import Pages, is_small, memory_given_back, room
+
+logger = logging.getLogger(__name__)
+
+HALF = (torch.float16, torch.bfloat16)
+"""Measured in float32, or in float64 where the model has that, too."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -43,23 +54,46 @@ def processes_of(model: nn.Module, distributed: bool) -> Processes:
 
 @contextlib.contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Every weight whole, on the device that its module computes on, and back, also after an error.
+    """Every weight as if it were whole, on the device that its module computes on; and back, also after an error.
 
-    Shards are gathered one weight after the other; all processes must do this together. Each then holds the whole
-    model. Offloaded weights (by Accelerate, to the CPU or the disk) are loaded.
+    Shards are gathered one weight after the other; all processes must do this together. Where not all of them fit into
+    the memory of each process, and where Accelerate has offloaded weights to the CPU or the disk, a weight is there
+    while it is used: see :mod:`.paging`. Such weights are not of half precision.
 
     Raises:
-        ValueError: tensor parallelism, in which modules compute with shards.
+        ValueError: tensor parallelism, in which modules compute with shards, or offloaded weights that are quantized.
+        NotWritten: weights have to go to the disk, and can't.
     """
+    offloading = [(module, hook) for module in model.modules() for hook in _offloading(module)]
     with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            for hook in _offloading(module):
-                stack.callback(_offload, module, hook)
-                hook.pre_forward(module)
-                hook.offload = False
+        if offloading:
+            pages = Pages()
+            stack.callback(pages.close)
+            stack.enter_context(memory_given_back())
+            _page_offloaded(offloading, pages, measured_type(model), stack)
+            stack.enter_context(pages)
         if has_shards(model):
-            stack.enter_context(_gathered(model))
+            _check_meshes(model)
+            reshard(model)
+            with Processes(True).together():
+                gathered, pages = _gathered(model, stack)
+            _put_in_place(model, gathered, stack)
+            stack.enter_context(pages)
         yield
+
+
+def measured_type(model: nn.Module) -> torch.dtype:
+    """What weights of half precision are measured in."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def stored_weights(model: nn.Module) -> Mapping[str, Tensor]:
+    """A model's weights by name, where they lie: sharded, on its device, or on the CPU if some are offloaded."""
+    if any(_offloading(module) for module in model.modules()):
+        return get_state_dict_offloaded_model(model)  # type: ignore[no-any-return]
+    reshard(model)
+    return model.state_dict()
 
 
 def _offloading(module: nn.Module) -> list[AlignDevicesHook]:
@@ -68,30 +102,80 @@ def _offloading(module: nn.Module) -> list[AlignDevicesHook]:
     return [hook for hook in hooks if isinstance(hook, AlignDevicesHook) and hook.offload]
 
 
-def _offload(module: nn.Module, hook: AlignDevicesHook) -> None:
-    hook.offload = True
-    hook.post_forward(module, None)
+def _page_offloaded(
+    offloading: Iterable[tuple[nn.Module, AlignDevicesHook]],
+    pages: Pages,
+    dtype: torch.dtype,
+    stack: contextlib.ExitStack,
+) -> None:
+    """Until the stack is left: what Accelerate loads when a module runs is loaded when an operation reads it."""
+    tied: dict[tuple[int, torch.Size], nn.Parameter] = {}
+    for module, hook in offloading:
+        stack.callback(setattr, hook, "offload", True)
+        hook.offload = False
+        device = torch.device(hook.execution_device)
+        for name, parameter in list(module.named_parameters(recurse=hook.place_submodules)):
+            if type(parameter) is not nn.Parameter:
+                raise ValueError(
+                    f"model has {name} offloaded as {type(parameter).__name__}: quantized weights are measured where "
+                    "they fit into memory; load the model without offloading"
+                )
+            stored = hook.weights_map[name]
+            raised = dtype if stored.dtype in HALF else stored.dtype
+            load = partial(hook.weights_map.__getitem__, name)
+            paged = pages.parameter(load, stored.shape, raised, device, parameter.requires_grad)
+            if stored is hook.weights_map[name]:  # not one that is read from the disk each time
+                paged = tied.setdefault((stored.data_ptr(), stored.shape), paged)
+            _exchange(module, "_parameters", name, paged, stack)
+        for name, buffer in list(module.named_buffers(recurse=hook.place_submodules)):
+            if buffer.is_meta:
+                _exchange(module, "_buffers", name, hook.weights_map[name].to(device), stack)
 
 
-@contextlib.contextmanager
-def _gathered(model: nn.Module) -> Iterator[None]:
-    _check_meshes(model)
-    reshard(model)
-    gathered: dict[nn.Parameter, nn.Parameter] = {}
-    for parameter in model.parameters():
-        gathered[parameter] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
-    saved: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    try:
-        for module in model.modules():
-            hooks = {name: _without_fsdp(getattr(module, name)) for name in ("_forward_pre_hooks", "_forward_hooks")}
-            saved.append((module._parameters, dict(module._parameters)))
-            saved.append((vars(module), {name: vars(module)[name] for name in hooks}))
-            vars(module).update(hooks)
-            module._parameters.update({name: gathered[p] for name, p in module._parameters.items() if p is not None})
-        yield
-    finally:
-        for values, own in saved:
-            values.update(own)
+def _exchange(module: nn.Module, kind: str, name: str, tensor: Tensor, stack: contextlib.ExitStack) -> None:
+    path, _, name = name.rpartition(".")
+    members = getattr(module.get_submodule(path), kind)
+    stack.callback(members.__setitem__, name, members[name])
+    members[name] = tensor
+
+
+def _gathered(model: nn.Module, stack: contextlib.ExitStack) -> tuple[dict[nn.Parameter, nn.Parameter], Pages]:
+    """What stands for each parameter until the stack is left. By all processes together."""
+    processes, parameters, dtype = Processes(True), list(model.parameters()), measured_type(model)
+    # As much again for the way from the reference.
+    needed = 2 * sum(p.numel() * (dtype if p.dtype in HALF else p.dtype).itemsize for p in parameters)
+    folder = None
+    if not all(processes.gather(needed <= room(computing_device(parameters[0])))):
+        folder = OffloadFolder(processes)
+        stack.callback(folder.close)
+        stack.enter_context(memory_given_back())
+        logger.info("the whole weights go to files in %s, and into memory while they are used", folder.path)
+    pages = Pages(folder)
+    stack.callback(pages.close)
+    gathered = {}
+    for parameter in parameters:
+        tensor = whole(parameter.detach())
+        if folder is None or is_small(tensor):
+            gathered[parameter] = nn.Parameter(tensor, parameter.requires_grad)
+        else:
+            raised = dtype if tensor.dtype in HALF else tensor.dtype
+            gathered[parameter] = pages.parameter(
+                folder.put(tensor), tensor.shape, raised, tensor.device, parameter.requires_grad
+            )
+    if folder is not None:
+        folder.share()
+    return gathered, pages
+
+
+def _put_in_place(model: nn.Module, gathered: Mapping[nn.Parameter, nn.Parameter], stack: contextlib.ExitStack) -> None:
+    """Until the stack is left, other parameters, and no hooks of FSDP2."""
+    for module in model.modules():
+        hooks = {name: _without_fsdp(getattr(module, name)) for name in ("_forward_pre_hooks", "_forward_hooks")}
+        new = {name: gathered[p] for name, p in module._parameters.items() if p is not None}
+        pairs: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (vars(module), hooks), (module._parameters, new)
+        for members, values in pairs:
+            stack.callback(members.update, {name: members[name] for name in values})
+            members.update(values)
 
 
 def _without_fsdp(hooks: dict[int, Any]) -> dict[int, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -230,6 +231,30 @@ def bend_of(value: Tensor, weights: Sequence[Tensor]) -> Bend:
         return [torch.zeros_like(w) if f is None else f for f, w in zip(found, weights, strict=True)]
 
     return bend
+
+
+def each_gradient(value: Tensor, weights: Sequence[Tensor], use: Callable[[int, Tensor], None]) -> None:
+    """Call ``use(i, ∂f/∂w_i)`` for each weight that f depends on, as soon as it is known: never are all in memory.
+
+    Args:
+        value: a scalar f, with autograd's graph, which stays.
+        weights: leaves without a gradient of their own.
+    """
+
+    def take(i: int, weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None
+        use(i, gradient)
+
+    hooks = [
+        w.register_post_accumulate_grad_hook(partial(take, i))  # type: ignore[no-untyped-call]
+        for i, w in enumerate(weights)
+    ]
+    try:
+        value.backward(inputs=list(weights), retain_graph=True)  # type: ignore[no-untyped-call]
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class NotTwiceDifferentiable(RuntimeError):

@@ -19,7 +19,6 @@ from ..card.facts import (
 )
 from ..corrected_loss import loss_type
 from ..features import correction_of, num_classes, setting
-from ..noise_estimate import saved_estimate
 from ..noisy_evaluation import estimates_clean_accuracy
 from ..sharding import has_shards
 from .curvature import MeasuringTrainer
@@ -94,9 +93,7 @@ class CardTrainer(MeasuringTrainer):
             report, bounds = measured.report, list(measured.bounds)
             found |= {"risks": list(measured.risks), "reference": measured.reference}
         found["bounds"] = bounds + self._held_out_estimates()
-        source = setting(args, "noise_transition")
-        estimate = self.noise_estimate if self._estimates_noise else saved_estimate(source)
-        write_card(folder, merged(given, vars(self.card_data), found), report, estimate)
+        write_card(folder, merged(given, vars(self.card_data), found), report, self._estimate)
 
     def _held_out_estimates(self) -> list[Bound]:
         """By noisy labels that nothing was chosen by; of these weights."""

@@ -23,12 +23,14 @@ from ..hessian_measurement import (
     record_start,
     save_start,
     start_weights,
+    trained_weights,
 )
 from ..hessian_measurement import FILE as REPORT_FILE
 from ..interruption import Interruption
 from ..noisy_evaluation import estimates_clean_accuracy
 from ..processes import Processes
 from ..reference import ReferenceMismatch, gathered
+from ..sharding import is_sharded, sharded_like
 from ..snapshot import snapshot
 from .radius import RadiusTrainer
 
@@ -221,7 +223,9 @@ class MeasuringTrainer(RadiusTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._start is not None and Path(resume_from_checkpoint).is_dir():
             try:
-                self._start = load_start(Path(resume_from_checkpoint).absolute())
+                start = load_start(Path(resume_from_checkpoint).absolute())
+                sharded = {n: p for n, p in trained_weights(self._model).items() if is_sharded(p) and n in start}
+                self._start = start | {name: sharded_like(start[name], p) for name, p in sharded.items()}
             except ReferenceMismatch as error:
                 self._start = None
                 logger.warning("%s; the curvature will be measured from the weights of the base model", error)

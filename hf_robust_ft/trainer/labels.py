@@ -19,7 +19,7 @@ from ..features import correction_of, num_classes, setting
 from ..label_targets import FILE as TARGETS_FILE
 from ..label_targets import LabelTargets, Numbered, TargetCollator, check_posteriors
 from ..noise_estimate import FILE as ESTIMATE_FILE
-from ..noise_estimate import check_estimable, study_labels
+from ..noise_estimate import check_estimable, saved_estimate, study_labels
 from ..sharding import has_shards
 
 
@@ -83,6 +83,11 @@ class LabelTrainer(Trainer):
         if not self._estimates_noise:
             return setting(self.args, "noise_transition")
         return 0.0 if self.noise_estimate is None else self.noise_estimate.transition
+
+    @property
+    def _estimate(self) -> TransitionEstimate | None:
+        """What is known of the estimated T: by this run, or in a file that ``noise_transition`` names."""
+        return self.noise_estimate if self._estimates_noise else saved_estimate(setting(self.args, "noise_transition"))
 
     @property
     def _uses_posteriors(self) -> bool:

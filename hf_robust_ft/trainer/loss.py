@@ -15,10 +15,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..clean_accuracy import CleanAccuracy, clean_accuracy
 from ..corrected_loss import CorrectedLoss, with_loss_first
 from ..data import check_dataset_labels
-from ..features import make_corrected_loss, requires_argument, setting
+from ..features import make_corrected_loss, requires_argument
 from ..noise import load_transition
 from ..noise_estimate import FILE as ESTIMATE_FILE
-from ..noise_estimate import saved_estimate
 from ..noisy_evaluation import (
     clean_accuracy_metrics,
     estimates_clean_accuracy,
@@ -207,9 +206,7 @@ class CorrectedTrainer(LabelTrainer):
     def _clean_accuracy(self) -> CleanAccuracy:
         assert self._predicted  # what is called only then
         labels, predictions = torch.cat([pairs for pairs, _ in self._predicted]).numpy().T
-        source = setting(self.args, "noise_transition")
-        estimate = self.noise_estimate if self._estimates_noise else saved_estimate(source)
-        draws = None if estimate is None else estimate.draws
+        draws = None if self._estimate is None else self._estimate.draws
         transition = load_transition(self._noise, self._predicted[0][1])
         return clean_accuracy(predictions, labels, transition, transition_samples=draws)
 

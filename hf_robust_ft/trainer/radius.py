@@ -73,8 +73,14 @@ class RadiusTrainer(ConstrainedTrainer):
 
     @property
     def _validation_noise(self) -> Any:
-        """T of the labels that radii are scored on; None where they count as they are."""
-        return None if setting(self.args, "eval_labels") == "clean" else self._transition
+        """T of the labels that radii are scored on; None where they count as they are.
+
+        An estimated T that may be singular, which will do for posteriors, has no inverse to score by; what is left is
+        noisy accuracy, which ranks models as clean accuracy does under symmetric noise.
+        """
+        if setting(self.args, "eval_labels") == "clean":
+            return None
+        return self._transition if self._estimate is None or self._estimate.identifiable else None
 
     def _validation_set(self) -> tuple[Any, str]:
         if self.model_init is None and (self.optimizer is not None or self.lr_scheduler is not None):

@@ -100,6 +100,8 @@ def resuming(out: Path) -> dict[str, Any]:
         settings |= {"metric_for_best_model": "eval_loss", "load_best_model_at_end": kind == "FULL_STATE_DICT"}
         for name, start in {"whole": (whole_model, None), "resumed": (moved, "checkpoint-2")}.items():
             training = train(folder, *start, **settings)
+            assert training._start
+            assert all(isinstance(w, DTensor) == (PROCESSES > 1) for w in training._start.values())
             best = Path(training.state.best_model_checkpoint or "").name
             losses = [x["eval_loss"] for x in training.state.log_history if "eval_loss" in x]
             found[f"{kind} {name}"] = summary(training) | {"best": best, "losses": losses}

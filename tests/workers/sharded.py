@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
@@ -34,6 +34,7 @@ from hf_robust_ft import (
 )
 from hf_robust_ft.base_model import read_reference
 from hf_robust_ft.checkpoint import RECORD_FILE
+from hf_robust_ft.curvature import offload_folder, paging, placement
 from hf_robust_ft.sharding import whole
 
 CONFIG = {
@@ -158,6 +159,53 @@ def measurement(out: Path) -> dict[str, Any]:
     }
 
 
+class WatchedPages(paging.Pages):
+    """Remembers all that there were."""
+
+    made: ClassVar[list[WatchedPages]] = []
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.made.append(self)
+
+
+def short_of_memory(room: int) -> None:
+    """From now on weights of any size are paged, into that many bytes."""
+    paging.SMALL = 0
+    for module in (paging, placement):
+        vars(module)["room"] = lambda device: room
+    placement.Pages = WatchedPages
+
+
+def paged(out: Path) -> dict[str, Any]:
+    """The measurement in a process that has room for the three largest weights, not for all."""
+    sizes = sorted(p.numel() * p.element_size() for p in whole_model().parameters())
+    room = sum(sizes[-3:])
+    assert 4 * room < 2 * sum(sizes)
+    if PROCESSES > 1:
+        short_of_memory(room)
+    found = measurement(out)
+    assert len(WatchedPages.made) == (5 if PROCESSES > 1 else 0)
+    assert all(0 < pages.most <= room for pages in WatchedPages.made)
+    return found
+
+
+def full_disk(out: Path) -> str:
+    """The first process can't write the weights: all say so, none waits."""
+    save_file = offload_folder.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        if path.name == "3.safetensors":
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    offload_folder.save_file = full
+    try:
+        return said(lambda: layer_quadratic_forms(build(), batch(4), whole_model().state_dict()))
+    finally:
+        offload_folder.save_file = save_file
+
+
 def base(out: Path) -> None:
     """A pretrained model, for `trainer`. By one process: of several, only the first saves."""
     whole_model().save_pretrained(out / "base")
@@ -240,4 +288,4 @@ def reading(out: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     # Some launchers start one process whatever they are asked for, and then nothing would be tested.
     assert PartialState(cpu=True).num_processes == PROCESSES
-    answer(projection, half, measurement, base, trainer, refusals, reading)
+    answer(projection, half, measurement, paged, full_disk, base, trainer, refusals, reading)

@@ -1,0 +1,245 @@
+"""Tensors that are in memory only while they are used, so that a model may be larger than what measures it.
+
+A paged tensor has a shape, and a function that loads its values. An operation that reads it, or a view of it, finds it
+filled, whoever calls the operation: the model's forward pass, autograd, or a rule of the sweep. When memory is short,
+the tensors that were not used for longest give theirs back, and are loaded again the next time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import sys
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from .offload_folder import OffloadFolder
+
+# Bytes. Smaller tensors, such as biases and norms, are not worth the trouble.
+SMALL = 2**20
+# Of what is free; the rest is for activations.
+SHARE = 0.5
+
+_MARK = "_paged_by"
+# Parameters of glibc's mallopt.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+
+
+@dataclass(eq=False)
+class Page:
+    """One paged tensor."""
+
+    tensor: Tensor
+    """Of the whole shape; its memory comes and goes."""
+    load: Callable[[], Tensor]
+    written: bool = False
+    """An operation has changed it: loading it would undo that."""
+
+    @property
+    def bytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
+
+    def resize(self, size: int) -> None:
+        self.tensor.untyped_storage().resize_(size)
+
+    def values(self) -> Tensor:
+        """Another view of the memory, so that writing to it is no change that autograd would notice."""
+        tensor = self.tensor
+        return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+            tensor.untyped_storage(), 0, tensor.shape, tensor.stride()
+        )
+
+
+class Pages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps the memory of paged tensors within what is free. They can be read inside ``with pages:``."""
+
+    def __init__(self, folder: OffloadFolder | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = 0
+        """Bytes that were filled at once on one device."""
+        self._folder = folder
+        self._in_use: list[Page] = []
+        self._pages: dict[int, Page] = {}
+        self._filled: dict[torch.device, OrderedDict[int, Page]] = defaultdict(OrderedDict)
+        self._room: dict[torch.device, int] = {}
+
+    def add(self, load: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A paged tensor.
+
+        Args:
+            load: returns its values, on any device and in any type, the same each time. May read paged tensors.
+        """
+        page = Page(torch.empty(shape, dtype=dtype, device=device), load)
+        page.resize(0)
+        self._pages[_memory(page.tensor)] = page
+        return page.tensor
+
+    def parameter(
+        self,
+        load: Callable[[], Tensor],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        requires_grad: bool,
+    ) -> nn.Parameter:
+        """A paged parameter, from which :func:`derived` makes other paged tensors."""
+        found = nn.Parameter(self.add(load, shape, dtype, device), requires_grad)
+        setattr(found, _MARK, self)
+        return found
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """A paged tensor of these values, from the disk; by all processes together, and not to be read before
+        :meth:`share`."""
+        assert self._folder is not None
+        return self.add(self._folder.put(tensor), tensor.shape, tensor.dtype, tensor.device)
+
+    def share(self) -> None:
+        """Let all processes read what was stored.
+
+        Raises:
+            NotWritten: see :meth:`OffloadFolder.share`.
+        """
+        assert self._folder is not None
+        self._folder.share()
+
+    def close(self) -> None:
+        """Leave no tensor that would be read where there is no memory: a traceback that shows its variables would.
+
+        Nothing can be read any more.
+        """
+        # Of views and of what autograd makes of tensors there is no list.
+        tensors = (found for found in gc.get_objects() if issubclass(type(found), Tensor))
+        for tensor in self._plain(tensors):
+            if _memory(tensor) in self._pages:
+                tensor.data = tensor.new_empty(0)
+        self._pages.clear()
+        self._filled.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        pages = self._read_by(tree_leaves((args, kwargs)))
+        if not pages:
+            return func(*args, **kwargs)
+        if getattr(func, "is_view", False):
+            return self._viewed(pages, func, args, kwargs)
+        self._fill(pages)
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for page in self._read_by(tree_leaves(value)):
+                    page.written = True
+        return func(*args, **kwargs)
+
+    def _read_by(self, leaves: Iterable[Any]) -> list[Page]:
+        tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
+        keys = dict.fromkeys(_memory(tensor) for tensor in self._plain(tensors))
+        return [self._pages[key] for key in keys if key in self._pages]
+
+    @staticmethod
+    def _plain(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Those that have memory of their own."""
+        return (x for x in tensors if not is_traceable_wrapper_subclass(x) and x.layout is torch.strided)
+
+    def _viewed(self, pages: Sequence[Page], func: Any, args: Any, kwargs: Any) -> Any:
+        """A view reads nothing, but torch wants to see memory of the right size."""
+        empty = [page for page in pages if not page.tensor.untyped_storage().nbytes()]
+        for page in empty:
+            page.resize(page.bytes)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            for page in empty:
+                page.resize(0)
+
+    def _fill(self, pages: Sequence[Page]) -> None:
+        depth = len(self._in_use)
+        self._in_use += pages
+        try:
+            for page in pages:
+                filled, key = self._filled[page.tensor.device], _memory(page.tensor)
+                if key in filled:
+                    filled.move_to_end(key)
+                    continue
+                # It may be computed from other paged tensors.
+                with self, torch.no_grad():
+                    values = page.load()
+                    if _memory(values) in self._pages:  # whose memory may go now
+                        values = values.clone()
+                self._make_room(page)
+                page.resize(page.bytes)
+                page.values().copy_(values)
+                filled[key] = page
+                self.most = max(self.most, sum(each.bytes for each in filled.values()))
+        finally:
+            del self._in_use[depth:]
+
+    def _make_room(self, wanted: Page) -> None:
+        device = wanted.tensor.device
+        if device not in self._room:
+            self._room[device] = room(device)
+        filled = self._filled[device]
+        taken = wanted.bytes + sum(page.bytes for page in filled.values())
+        for key, page in list(filled.items()):
+            if taken <= self._room[device]:
+                return
+            if not page.written and page not in self._in_use:
+                page.resize(0)
+                del filled[key]
+                taken -= page.bytes
+
+
+def paged_by(parameters: Iterable[Tensor]) -> Pages | None:
+    """What pages some of these parameters."""
+    return next((getattr(p, _MARK) for p in parameters if hasattr(p, _MARK)), None)
+
+
+def derived(parameter: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    """What is computed, of shape and type of a parameter; of a paged one a paged tensor, computed when it is used."""
+    pages = paged_by([parameter])
+    if pages is None:
+        return compute()
+    return pages.add(compute, parameter.shape, parameter.dtype, parameter.device)
+
+
+def room(device: torch.device) -> int:
+    """Bytes for the paged tensors of one process on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * SHARE)
+    # torchrun and accelerate say how many processes share the machine.
+    available: int = psutil.virtual_memory().available
+    return int(available * SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@contextlib.contextmanager
+def memory_given_back() -> Iterator[None]:
+    """Give what is freed on the CPU back to the system at once. By itself glibc keeps blocks of up to 32 MB, and where
+    weights come and go among other tensors it soon keeps many times as much as is used."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, SMALL)
+    try:
+        yield
+    finally:
+        if mallopt is not None:  # where it ends up by itself
+            mallopt(MMAP_THRESHOLD, 2**25)
+            mallopt(TRIM_THRESHOLD, 2**26)
+
+
+def is_small(tensor: Tensor) -> bool:
+    """Whether a tensor may stay in memory."""
+    return tensor.numel() * tensor.element_size() < SMALL
+
+
+def _memory(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address

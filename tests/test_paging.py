@@ -1,0 +1,227 @@
+"""Paged tensors: every operation finds them filled, whoever calls it, within the room that there is."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_robust_ft.curvature import offload_folder, paging
+from hf_robust_ft.curvature.offload_folder import OffloadFolder
+from hf_robust_ft.curvature.paging import Pages, derived, paged_by
+from hf_robust_ft.files import NotWritten
+from hf_robust_ft.processes import Processes
+
+SIZE = 5 * 5 * 8
+"""Bytes of one weight."""
+X = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For two of six weights."""
+    monkeypatch.setattr(paging, "room", lambda device: 2 * SIZE)
+
+
+def weights(count: int = 6) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(5, 5, dtype=torch.float64, generator=generator) for _ in range(count)]
+
+
+class Paged:
+    """Some weights, and how often each was loaded."""
+
+    def __init__(self) -> None:
+        self.pages = Pages()
+        self.loads: Counter[int] = Counter()
+        self.tensors = [
+            self.pages.parameter(self._load(i, weight), weight.shape, weight.dtype, weight.device, True)
+            for i, weight in enumerate(weights())
+        ]
+
+    def _load(self, i: int, weight: Tensor) -> Callable[[], Tensor]:
+        def load() -> Tensor:
+            self.loads[i] += 1
+            return weight
+
+        return load
+
+
+def net(some: list[Tensor]) -> Tensor:
+    hidden = X
+    for weight in some:
+        hidden = torch.tanh(nn.functional.linear(hidden, weight))
+    return hidden.square().sum()
+
+
+def test_products_with_the_hessian_are_those_of_whole_weights() -> None:
+    def products(some: list[Tensor]) -> list[Tensor]:
+        first = torch.autograd.grad(net(some), some, create_graph=True)
+        v = torch.arange(25, dtype=torch.float64).view(5, 5)
+        return [torch.autograd.grad((g * v).sum(), w, retain_graph=True)[0] for g, w in zip(first, some, strict=True)]
+
+    expected = products([weight.requires_grad_() for weight in weights()])
+    paged = Paged()
+    with paged.pages:
+        found = products(list(paged.tensors))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert paged.pages.most == 2 * SIZE
+    # All but the first, which no backward pass reads, had to go in between.
+    assert all(paged.loads[i] > 2 for i in range(1, 6))
+    assert sum(tensor.untyped_storage().nbytes() for tensor in paged.tensors) == 2 * SIZE
+
+
+def test_what_fits_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paging, "room", lambda device: 6 * SIZE)
+    paged = Paged()
+    with paged.pages:
+        torch.autograd.grad(net(list(paged.tensors)), paged.tensors)
+    assert set(paged.loads.values()) == {1}
+
+
+def test_the_one_that_was_not_used_for_longest_goes_first() -> None:
+    paged = Paged()
+    first, second, third = paged.tensors[:3]
+    with paged.pages:
+        for tensor in (first, second, first, third, first):  # the second goes for the third
+            tensor.sum()
+    assert paged.loads == {0: 1, 1: 1, 2: 1}
+
+
+def test_an_operation_that_reads_more_than_there_is_room_for_has_it_all() -> None:
+    paged = Paged()
+    with paged.pages:
+        found = torch.stack(list(paged.tensors))
+    assert torch.equal(found, torch.stack(weights()))
+    assert paged.pages.most == 6 * SIZE
+
+
+def test_views_read_nothing_and_see_what_is_loaded_later() -> None:
+    paged = Paged()
+    (weight,) = weights(1)
+    with paged.pages:
+        views = [paged.tensors[0].t(), paged.tensors[0][1:3], paged.tensors[0].unsqueeze(0).expand(2, -1, -1)]
+        assert not paged.loads
+        assert torch.equal(views[0] + 0, weight.t())
+        for other in paged.tensors[1:]:
+            other.sum()
+        assert not paged.tensors[0].untyped_storage().nbytes()
+        assert torch.equal(views[1] * 1, weight[1:3])
+        assert torch.equal(views[2].clone(), weight.expand(2, 5, 5))
+    assert paged.loads[0] == 2
+
+
+def test_what_is_derived_is_computed_from_what_is_paged() -> None:
+    paged = Paged()
+    start = torch.ones(5, 5, dtype=torch.float64)
+    ways = [derived(weight, lambda weight=weight: weight.detach() - start) for weight in paged.tensors]
+    assert not paged.loads
+    with paged.pages:
+        # Each needs two pages, itself and the weight, and twice that together with another one.
+        found = [(way * other).sum() for way, other in zip(ways, reversed(ways), strict=True)]
+    expected = [((a - start) * (b - start)).sum() for a, b in zip(weights(), reversed(weights()), strict=True)]
+    assert found == expected
+    same = derived(paged.tensors[0], paged.tensors[0].detach)
+    with paged.pages:
+        assert torch.equal(same + 0, weights()[0])
+    assert paged_by([start]) is None
+    assert paged_by([start, paged.tensors[0]]) is paged.pages
+    assert torch.equal(derived(start, lambda: start + 1), start + 1)
+
+
+def test_what_was_written_to_is_not_loaded_again() -> None:
+    paged = Paged()
+    with paged.pages, torch.no_grad():
+        paged.tensors[0].add_(1)
+        for other in paged.tensors[1:]:
+            other.sum()
+        assert torch.equal(paged.tensors[0] + 0, weights()[0] + 1)
+    assert paged.loads[0] == 1
+
+
+def test_a_load_that_fails_leaves_the_others_usable() -> None:
+    paged = Paged()
+
+    def fail() -> Tensor:
+        raise OSError("gone")
+
+    bad = paged.pages.add(fail, (5, 5), torch.float64, torch.device("cpu"))
+    with paged.pages:
+        with pytest.raises(OSError, match="gone"):
+            bad.sum()
+        assert not bad.untyped_storage().nbytes()
+        assert torch.equal(torch.stack(list(paged.tensors)), torch.stack(weights()))
+
+
+def test_nothing_that_is_left_afterwards_reads_where_there_is_no_memory() -> None:
+    """As a traceback that shows its variables does; it would end the process."""
+    paged = Paged()
+    with paged.pages:
+        turned, leaf = paged.tensors[1].t(), paged.tensors[2].detach()
+        loss = net(list(paged.tensors))
+        whole = paged.tensors[3] + 0
+    paged.pages.close()
+    assert all(repr(tensor).startswith("tensor([]") for tensor in (turned, leaf))
+    assert all(repr(tensor).startswith("Parameter containing:\ntensor([]") for tensor in paged.tensors)
+    assert loss.isfinite()
+    assert torch.equal(whole, weights()[3])
+
+
+def test_room_is_a_share_of_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    alone = paging.room(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    shared = paging.room(torch.device("cpu"))
+    assert 2**20 < shared < alone / 6  # what is free changes from one moment to the next
+    assert paging.is_small(torch.empty(2**18 - 1))
+    assert not paging.is_small(torch.empty(2**18))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and glibc")
+def test_what_is_freed_is_given_back_at_once() -> None:
+    def own() -> int:
+        return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+
+    with paging.memory_given_back():
+        kept, large = [], []
+        for _ in range(40):
+            large.append(torch.ones(2**19))
+            kept.append(torch.ones(2**10))  # which lies behind it
+        full = own()
+        large.clear()
+        assert full - own() > 0.9 * 40 * 2**21
+    assert len(kept) == 40
+
+
+def test_files_are_gone_as_soon_as_they_can_be_read() -> None:
+    folder = OffloadFolder(Processes(together=False))
+    first = folder.put(torch.arange(3.0))
+    folder.share()
+    second = folder.put(torch.ones(2, dtype=torch.bfloat16).expand(2, 2))
+    folder.share()
+    assert not list(folder.path.iterdir())
+    assert torch.equal(first(), torch.arange(3.0))
+    assert torch.equal(second(), torch.ones(2, 2, dtype=torch.bfloat16))
+    folder.close()
+    assert not folder.path.exists()
+
+
+def test_a_disk_that_is_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(offload_folder.tempfile, "tempdir", str(tmp_path))
+    folder = OffloadFolder(Processes(together=False))
+    folder.put(torch.ones(2))
+    folder.path.rename(tmp_path / "elsewhere")
+    folder.put(torch.ones(2))
+    with pytest.raises(NotWritten, match=r"can't be written to .*hf-robust-ft-.*set TMPDIR to a folder of a disk"):
+        folder.share()
+    folder.close()
+    monkeypatch.setattr(offload_folder.tempfile, "tempdir", str(tmp_path / "nothing"))
+    with pytest.raises(NotWritten, match=r"no folder for the weights can be made .*; set TMPDIR"):
+        OffloadFolder(Processes(together=False))

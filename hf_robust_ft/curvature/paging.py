@@ -130,7 +130,7 @@ class Pages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         pages = self._read_by(tree_leaves((args, kwargs)))
         if not pages:
             return func(*args, **kwargs)
-        if getattr(func, "is_view", False):
+        if func.is_view:
             return self._viewed(pages, func, args, kwargs)
         self._fill(pages)
         for argument, value in zip(func._schema.arguments, args, strict=False):

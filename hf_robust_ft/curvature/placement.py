@@ -67,18 +67,13 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     offloading = [(module, hook) for module in model.modules() for hook in _offloading(module)]
     with contextlib.ExitStack() as stack:
         if offloading:
-            pages = Pages()
-            stack.callback(pages.close)
-            stack.enter_context(memory_given_back())
-            _page_offloaded(offloading, pages, measured_type(model), stack)
-            stack.enter_context(pages)
+            _page_offloaded(offloading, measured_type(model), stack)
         if has_shards(model):
             _check_meshes(model)
             reshard(model)
             with Processes(True).together():
-                gathered, pages = _gathered(model, stack)
+                gathered = _gathered(model, stack)
             _put_in_place(model, gathered, stack)
-            stack.enter_context(pages)
         yield
 
 
@@ -103,12 +98,10 @@ def _offloading(module: nn.Module) -> list[AlignDevicesHook]:
 
 
 def _page_offloaded(
-    offloading: Iterable[tuple[nn.Module, AlignDevicesHook]],
-    pages: Pages,
-    dtype: torch.dtype,
-    stack: contextlib.ExitStack,
+    offloading: Iterable[tuple[nn.Module, AlignDevicesHook]], dtype: torch.dtype, stack: contextlib.ExitStack
 ) -> None:
     """Until the stack is left: what Accelerate loads when a module runs is loaded when an operation reads it."""
+    pages = Pages()
     tied: dict[tuple[int, torch.Size], nn.Parameter] = {}
     for module, hook in offloading:
         stack.callback(setattr, hook, "offload", True)
@@ -130,6 +123,7 @@ def _page_offloaded(
         for name, buffer in list(module.named_buffers(recurse=hook.place_submodules)):
             if buffer.is_meta:
                 _exchange(module, "_buffers", name, hook.weights_map[name].to(device), stack)
+    _enter(pages, stack)
 
 
 def _exchange(module: nn.Module, kind: str, name: str, tensor: Tensor, stack: contextlib.ExitStack) -> None:
@@ -139,32 +133,36 @@ def _exchange(module: nn.Module, kind: str, name: str, tensor: Tensor, stack: co
     members[name] = tensor
 
 
-def _gathered(model: nn.Module, stack: contextlib.ExitStack) -> tuple[dict[nn.Parameter, nn.Parameter], Pages]:
-    """What stands for each parameter until the stack is left. By all processes together."""
+def _gathered(model: nn.Module, stack: contextlib.ExitStack) -> dict[nn.Parameter, nn.Parameter]:
+    """What stands for each parameter until the stack is left: whole, or paged where that doesn't fit."""
     processes, parameters, dtype = Processes(True), list(model.parameters()), measured_type(model)
     # As much again for the way from the reference.
     needed = 2 * sum(p.numel() * (dtype if p.dtype in HALF else p.dtype).itemsize for p in parameters)
-    folder = None
-    if not all(processes.gather(needed <= room(computing_device(parameters[0])))):
-        folder = OffloadFolder(processes)
-        stack.callback(folder.close)
-        stack.enter_context(memory_given_back())
-        logger.info("the whole weights go to files in %s, and into memory while they are used", folder.path)
+    if all(processes.gather(needed <= room(computing_device(parameters[0])))):
+        return {p: nn.Parameter(whole(p.detach()), p.requires_grad) for p in parameters}
+    folder = OffloadFolder(processes)
+    stack.callback(folder.close)
+    logger.info("the whole weights go to files in %s, and into memory while they are used", folder.path)
     pages = Pages(folder)
-    stack.callback(pages.close)
     gathered = {}
     for parameter in parameters:
         tensor = whole(parameter.detach())
-        if folder is None or is_small(tensor):
+        if is_small(tensor):
             gathered[parameter] = nn.Parameter(tensor, parameter.requires_grad)
         else:
             raised = dtype if tensor.dtype in HALF else tensor.dtype
             gathered[parameter] = pages.parameter(
                 folder.put(tensor), tensor.shape, raised, tensor.device, parameter.requires_grad
             )
-    if folder is not None:
-        folder.share()
-    return gathered, pages
+    folder.share()
+    _enter(pages, stack)
+    return gathered
+
+
+def _enter(pages: Pages, stack: contextlib.ExitStack) -> None:
+    stack.callback(pages.close)
+    stack.enter_context(memory_given_back())
+    stack.enter_context(pages)
 
 
 def _put_in_place(model: nn.Module, gathered: Mapping[nn.Parameter, nn.Parameter], stack: contextlib.ExitStack) -> None:

@@ -21,5 +21,5 @@ def test_an_offloaded_model_takes_less_memory_and_has_the_same_curvature(tmp_pat
     assert done.returncode == 0, done.stderr[-3000:]  # it compares what both find
     rows = json.loads((tmp_path / "offload.json").read_text())["rows"]
     assert [row["kind"] for row in rows] == ["hessian", "hessian_upper"]
-    # Weights and ways are 121 MB, of which 12 have room at a time; of a model this small what is read into is much, too.
+    # Weights and ways are 121 MB, and have room for 12; of a model this small, all else is much, too.
     assert all(row["offloaded"]["MB"] < row["whole"]["MB"] - 15 for row in rows)

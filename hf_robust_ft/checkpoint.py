@@ -166,7 +166,8 @@ def check_fits(checkpoint: Path, model: nn.Module) -> None:
     state = model.state_dict()
     # Of weights that share their storage one is saved.
     there = {state[name].data_ptr() for name in saved if name in state}
-    parameters = dict(model.named_parameters())
+    # What wraps a module for activation checkpointing takes its own name out of the state's.
+    parameters = {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     # Not of buffers: one may grow with the data, and its own model knows how to load it.
     misshapen = [name for name, p in parameters.items() if name in saved and saved[name] != tuple(p.shape)]

@@ -20,6 +20,7 @@ import safetensors.torch
 import tiny
 import torch
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainerControl, TrainerState
 from workers import resumable
 
@@ -551,3 +552,14 @@ def test_a_buffer_that_grows_is_no_other_model(tmp_path: Path) -> None:
     check_fits(tmp_path, model)
     with pytest.raises(ValueError, match=r"another model than this Linear: weight has shape \(3, 2\) there"):
         check_fits(tmp_path, torch.nn.Linear(4, 3))
+
+
+def test_a_missing_weight_shows_through_activation_checkpointing(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), checkpoint_wrapper(torch.nn.Linear(4, 2)))
+    assert "1._checkpoint_wrapped_module.weight" in dict(model.named_parameters())
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    check_fits(tmp_path, model)
+    rest = {name: weight for name, weight in model.state_dict().items() if name != "1.weight"}
+    safetensors.torch.save_file(rest, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"it lacks 1\.weight"):
+        check_fits(tmp_path, model)

@@ -5,9 +5,11 @@
 
 Each round measures the same examples with each number of processes, by ``torchrun`` on this machine; the time is
 that of the measurement itself, without the start of Python: sound bounds of all examples, then Lanczos until every
-layer is settled or has had its 8 candidates. Reports are compared, too: the largest difference of any layer's
-maximum, relative to it. The model is a pretrained one with a new head of ten classes; by default the small ViT of
-these recipes.
+layer is settled or has had its 8 candidates. Two cores are not twice as fast as one where they share caches and memory,
+so as many processes also measure side by side, each everything by itself: ``at_most`` is how many times as fast as one
+they are on this machine with nothing to say to each other. Reports are compared, too: the largest difference of any
+layer's maximum, relative to it. The model is a pretrained one with a new head of ten classes; by default the small ViT
+of these recipes.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("outputs/bench_processes.json"))
+    parser.add_argument("--apart", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
@@ -55,23 +58,30 @@ def main() -> None:
         return
 
     seconds: dict[int, list[float]] = {count: [] for count in options.processes}
+    apart: dict[int, list[float]] = {count: [] for count in options.processes if count > 1}
     reports: dict[int, HessianReport] = {}
-    for count in tqdm(options.processes * options.rounds, unit="measurement"):
-        reports[count] = run(options, count)
-        seconds[count].append(reports[count].seconds)
-    found = summary(options, seconds, reports)
+    with tqdm(total=options.rounds * (len(seconds) + len(apart)), unit="measurement") as bar:
+        for _ in range(options.rounds):
+            for count in seconds:
+                reports[count] = run(count)
+                seconds[count].append(reports[count].seconds)
+                bar.update()
+                if count in apart:
+                    apart[count].append(run(count, "--apart").seconds)
+                    bar.update()
+    found = summary(options, seconds, apart, reports)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))
 
 
-def run(options: argparse.Namespace, processes: int) -> HessianReport:
-    """The report of one measurement, in processes of its own."""
+def run(processes: int, *how: str) -> HessianReport:
+    """The report of one measurement, in processes of its own; of the first of several side by side."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         subprocess.run(
-            [*command, __file__, *sys.argv[1:], "--worker", str(path)],
+            [*command, __file__, *sys.argv[1:], *how, "--worker", str(path)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=True,
             stderr=subprocess.DEVNULL,
@@ -98,7 +108,9 @@ def measure(options: argparse.Namespace) -> None:
     labels = torch.arange(options.examples) % CLASSES
     batches = list(zip(pixels.split(options.batch_size), labels.split(options.batch_size), strict=True))
     state.wait_for_everyone()  # a process that starts Python later is no part of the measurement
-    report = measure_hessian(model, reference, batches, lanczos_steps=options.lanczos_steps, distributed=True)
+    report = measure_hessian(
+        model, reference, batches, lanczos_steps=options.lanczos_steps, distributed=not options.apart
+    )
     if state.is_main_process:
         report.save(options.worker)
     if state.num_processes > 1:
@@ -107,7 +119,10 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def summary(
-    options: argparse.Namespace, seconds: dict[int, list[float]], reports: dict[int, HessianReport]
+    options: argparse.Namespace,
+    seconds: dict[int, list[float]],
+    apart: dict[int, list[float]],
+    reports: dict[int, HessianReport],
 ) -> dict[str, Any]:
     """Medians, ratios and the largest differences from the first number of processes."""
     first = options.processes[0]
@@ -123,6 +138,8 @@ def summary(
         "seconds": seconds,
         "medians": medians,
         "times_as_fast": {count: medians[first] / medians[count] for count in options.processes},
+        "seconds_side_by_side": apart,
+        "at_most": {count: count / first * medians[first] / statistics.median(apart[count]) for count in apart},
         "largest_relative_difference": differences,
         "settled": {count: report.settled for count, report in reports.items()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",

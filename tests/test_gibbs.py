@@ -25,7 +25,7 @@ from hf_robust_ft import (
 )
 from hf_robust_ft.bounds.kl import kl_inverse
 from hf_robust_ft.gibbs import WeightPosterior
-from hf_robust_ft.gibbs.injection import JUDGING, TRAINING, Noise, fresh_noise, generator_of, noise_owners
+from hf_robust_ft.gibbs.injection import JUDGING, TRAINING, Noise, check_apart, fresh_noise, generator_of, noise_owners
 from hf_robust_ft.gibbs.posterior import centres, prior_unit
 from hf_robust_ft.gibbs.training import _slopes
 
@@ -127,6 +127,78 @@ def test_a_whole_model_with_noise_is_one_with_drawn_weights() -> None:
         assert ((first.mean(0) - second.mean(0)).abs() < 4.5 * error).all()
 
 
+class Vision(nn.Module):
+    """Patches, class token, positions, a scale of its own, head: what a vision transformer adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(2, 3, 3, stride=2, padding=1)
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 3)), nn.Parameter(torch.randn(1, 5, 3))
+        self.scale, self.head = nn.Parameter(torch.rand(3) + 0.5), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).mT
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), tokens], 1) + self.positions
+        return self.head(torch.tanh(tokens * self.scale).mean(1))
+
+
+class Text(nn.Module):
+    """Words, some of them twice, and positions that all examples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.positions = nn.Embedding(7, 3, padding_idx=0), nn.Embedding(4, 3)
+        self.head = nn.Linear(3, 3)
+        self.register_buffer("ids", torch.arange(4).unsqueeze(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.words(x) + self.positions(self.ids)).square().mean(1))
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["one deviation", "one for each entry"])
+@pytest.mark.parametrize("kind", [Vision, Text])
+def test_embeddings_with_noise_are_those_of_drawn_weights(kind: type[nn.Module], wide: bool) -> None:
+    torch.manual_seed(0)
+    model = kind().double()
+    rng = generator(3)
+    noises = {
+        name: Noise(0.2 + 0.2 * torch.rand(p.shape if wide else (), generator=rng, dtype=torch.float64))
+        for name, p in model.named_parameters()
+    }
+    assert noise_owners(model).keys() == noises.keys()
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64) if kind is Vision else torch.tensor([[3, 5, 3, 0]])
+    draws = 20_000
+    many = x.expand(draws, *x.shape[1:])
+    with torch.no_grad():
+        naive = explicit(model, x, noises, draws)
+        with fresh_noise(model, noises, draws, generator()):
+            ours = model(many)
+        check_apart(model, noises, lambda: model(many[:3]), 3)
+    assert dict(model.named_parameters()).keys() == noises.keys()  # all are back
+    for statistic in (lambda z: z, lambda z: (z.unsqueeze(-1) * z.unsqueeze(-2)).flatten(1)):
+        first, second = statistic(naive), statistic(ours)
+        error = ((first.var(0) + second.var(0)) / draws).sqrt()
+        assert ((first.mean(0) - second.mean(0)).abs() < 4.5 * error).all()
+
+
+@pytest.mark.parametrize("build", [tiny.vit, tiny.bert])
+def test_a_whole_transformer_has_a_certificate(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = build()
+    reference = {name: weight.clone() for name, weight in model.state_dict().items()}
+    inputs = (
+        {"pixel_values": torch.randn(40, 1, 8, 8)}
+        if build is tiny.vit
+        else {"input_ids": torch.randint(1, 20, (40, 6)), "attention_mask": torch.ones(40, 6, dtype=torch.long)}
+    )
+    batches = [{**{key: value[i : i + 8] for key, value in inputs.items()}, "labels": torch.arange(8) % 3}
+               for i in range(0, 40, 8)]  # fmt: skip
+    posterior = fit_posterior(model, reference, batches, epochs=2)
+    assert {weight.name for weight in posterior.weights} == {name for name, _ in model.named_parameters()}
+    bound = pac_bayes_certificate(model, posterior, batches, passes=2)
+    assert 0 < bound.value <= 1  # type: ignore[operator]
+
+
 def test_each_example_has_noise_of_its_own_and_a_seed() -> None:
     torch.manual_seed(0)
     model = tiny.dinov2()
@@ -165,12 +237,54 @@ def test_training_and_judging_never_share_a_stream() -> None:
 
 
 def test_a_parameter_without_a_rule_is_named() -> None:
-    with pytest.raises(NoNoiseRule, match=r"dinov2.embeddings.cls_token \(Dinov2Embeddings\).* and \d+ more.*Freeze"):
-        noise_owners(tiny.dinov2())
+    by_channel = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, padding="same"), nn.GRU(4, 4))
+    with pytest.raises(NoNoiseRule, match=r"0.weight \(Conv2d\), 1.weight \(Conv2d\), 2.weight_ih_l0 \(GRU\).*Freeze"):
+        noise_owners(by_channel)
     tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     tied[1].weight = tied[0].weight  # type: ignore[union-attr]
     with pytest.raises(NoNoiseRule, match=r"1.weight \(tied to 0.weight\)"):
         noise_owners(tied)
+
+
+class Relative(nn.Module):
+    """Positions relative to each other, the same for all examples: a table that sees a row for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 1), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        far = torch.arange(5) - torch.arange(5).unsqueeze(1) + 4
+        return self.head(x @ self.table(far).squeeze(-1))
+
+
+def test_noise_that_reaches_other_examples_is_refused() -> None:
+    torch.manual_seed(0)
+    model, x = Relative(), torch.randn(5, 5)
+    names = dict(model.named_parameters())
+    with pytest.raises(NoNoiseRule, match="the input of table has 5 rows for 4 examples"):
+        check_apart(model, names, lambda: model(x[:4]), 4)
+    # As many examples as tokens: only the logits tell.
+    with pytest.raises(NoNoiseRule, match=r"changes the logits of others.*: freeze what is used otherwise"):
+        check_apart(model, names, lambda: model(x), 5)
+    with pytest.raises(NoNoiseRule, match="changes the logits of others"):
+        fit_posterior(model, model.state_dict(), [(x, torch.arange(5) % 3)], epochs=1)
+    model.table.requires_grad_(False)
+    check_apart(model, ["head.weight", "head.bias"], lambda: model(x), 5)
+
+
+def test_a_parameter_that_all_examples_must_share_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
+    names = dict(model.named_parameters())
+    x = torch.randn(6, 4)
+    with pytest.raises(NoNoiseRule, match=r"can't have another parameter for each example \(.*freeze 1.weight, 1.bias"):
+        check_apart(model, names, lambda: model(x), 6)
+    assert isinstance(model[1].weight, nn.Parameter)
+    # Positions that are fitted to another image size.
+    vision = tiny.dinov2().eval()
+    pixels = torch.randn(2, 1, 12, 12)
+    with pytest.raises(NoNoiseRule, match=r"freeze .*position_embeddings"):
+        check_apart(vision, noise_owners(vision), lambda: vision(pixels).logits, 2)
 
 
 class Twice(nn.Module):

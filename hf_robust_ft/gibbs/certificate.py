@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..bounds.bound import Bound
 from ..bounds.pac_bayes import certified_error
 from ..curvature.batches import Batches
-from .injection import JUDGING, fresh_noise, generator_of, noise_owners
+from .injection import JUDGING, check_apart, fresh_noise, generator_of, noise_owners
 from .posterior import Posterior
 from .training import evaluating, fit_posterior, logits_of
 
@@ -74,7 +75,9 @@ def pac_bayes_certificate(
         with evaluating(model):
             for draw in range(passes):
                 chosen = []
-                for _, inputs, labels in Batches(batches, model, f"certificate, draw {draw + 1} of {passes}"):
+                for first, inputs, labels in Batches(batches, model, f"certificate, draw {draw + 1} of {passes}"):
+                    if not draw and not first:
+                        check_apart(model, noises, partial(logits_of, model, inputs), len(labels))
                     with fresh_noise(model, noises, len(labels), generator):
                         logits = logits_of(model, inputs)
                     classes = logits.shape[-1]

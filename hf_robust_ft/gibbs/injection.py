@@ -4,13 +4,15 @@ A linear layer whose weight has the noise ``σ E`` (E standard normal) adds ``σ
 [t, in] of one example this is normal with covariance ``σ² X Xᵀ``, the same and independent for every output. So with
 ``Xᵀ = Q R`` it can be drawn as ``σ Rᵀ Z``, Z standard normal [min(t, in), out], without a weight for each example
 (local reparametrisation: Kingma, Salimans & Welling 2015). A triangular factor of X itself needs no jitter where tokens
-repeat, as one of X Xᵀ would.
+repeat, as one of X Xᵀ would. A convolution is a linear layer of patches, an embedding one of one-hot rows. Parameters
+that a module uses by itself (class tokens, position embeddings, scales) are few, and get a copy for each example, along
+the dimension that is broadcast over examples.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +24,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 TRAINING, JUDGING = 0, 1
+# Of the size of a parameter, and of what its noise changes: other examples should change by rounding alone.
+TENTH = 0.1
 
 
 class NoNoiseRule(ValueError):
@@ -42,7 +46,8 @@ def noise_owners(model: nn.Module) -> dict[str, nn.Module]:
     """The module of each trained parameter that noise can be drawn for: all of them, or an error.
 
     Raises:
-        NoNoiseRule: a trained parameter outside of ``Linear``, ``Conv1D`` (GPT-2) and ``LayerNorm``, or a tied one.
+        NoNoiseRule: a trained parameter that is tied, or neither of ``Linear``, ``Conv1D`` (GPT-2), ``Conv2d``,
+            ``Embedding`` or ``LayerNorm`` nor one that may be broadcast over examples: a vector, or of leading size 1.
     """
     modules = dict(model.named_modules())
     owners: dict[str, nn.Module] = {}
@@ -54,22 +59,27 @@ def noise_owners(model: nn.Module) -> dict[str, nn.Module]:
         owner = modules[name.rpartition(".")[0]]
         if parameter in names:
             wrong.append(f"{name} (tied to {names[parameter]})")
-        elif type(owner) not in _RULES:
+        elif not (_has_rule(owner) or parameter.dim() == 1 or len(parameter) == 1):
             wrong.append(f"{name} ({type(owner).__name__})")
         names[parameter] = name
         owners[name] = owner
     if wrong:
         raise NoNoiseRule(
-            f"no noise can be drawn, example by example, for {_some(wrong)}; noise has rules for untied weights "
-            "and biases of Linear, Conv1D and LayerNorm. Freeze the others (requires_grad_(False)) before "
-            "training: frozen parameters cost nothing"
+            f"no noise can be drawn, example by example, for {_some(wrong)}; noise has rules for untied weights and "
+            "biases of Linear, Conv1D, Conv2d, Embedding and LayerNorm, and for vectors and tokens that are broadcast "
+            "over examples. Freeze the others (requires_grad_(False)) before training: frozen parameters cost nothing"
         )
     return owners
 
 
 @contextlib.contextmanager
 def fresh_noise(
-    model: nn.Module, noises: Mapping[str, Noise], examples: int, generator: torch.Generator
+    model: nn.Module,
+    noises: Mapping[str, Noise],
+    examples: int,
+    generator: torch.Generator,
+    *,
+    only_first: bool = False,
 ) -> Iterator[None]:
     """Within it, each forward pass of a batch uses weights drawn anew for each example.
 
@@ -78,15 +88,20 @@ def fresh_noise(
         noises: by parameter name; a parameter that is not named has none.
         examples: B. Every module with noise must see B rows, so that they can be told apart.
         generator: on the model's device.
+        only_first: all but the first example do without; see :func:`check_apart`.
 
     Raises:
         NoNoiseRule: a module that sees other than B rows, is called twice, or was not called in the pass: its weight
             may have been used behind the module's back.
     """
     by_module: dict[str, dict[str, Noise]] = {}
+    by_itself: dict[str, Noise] = {}
     for name, noise in noises.items():
         owner, _, short = name.rpartition(".")
-        by_module.setdefault(owner, {})[short] = noise
+        if _has_rule(model.get_submodule(owner)):
+            by_module.setdefault(owner, {})[short] = noise
+        else:
+            by_itself[name] = noise
     calls = dict.fromkeys(by_module, 0)
 
     def add(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -96,27 +111,75 @@ def fresh_noise(
         x = args[0]
         if calls[name] > 1:
             raise NoNoiseRule(f"{name} is called twice in a forward pass: both calls need the same noise. Freeze it")
+        if len(x) == 1 and isinstance(module, nn.Embedding):  # positions, which are broadcast over examples
+            x, output = x.expand(examples, -1), output.expand(examples, *output.shape[1:])
         if len(x) != examples:
             raise NoNoiseRule(
                 f"the input of {name} has {len(x)} rows for {examples} examples, so they can't be told apart: freeze it"
             )
-        drawn = _RULES[type(module)](module, x, by_module[name], generator)
-        return output + drawn.reshape(output.shape).to(output.dtype)
+        drawn = _RULES[type(module)](module, x, by_module[name], generator).reshape(output.shape)
+        return output + kept(drawn).to(output.dtype)
 
-    handles = []
-    try:
+    def kept(drawn: Tensor) -> Tensor:
+        return torch.cat([drawn[:1], torch.zeros_like(drawn[1:])]) if only_first else drawn
+
+    with contextlib.ExitStack() as stack:
         for name in by_module:
             module = model.get_submodule(name)
-            handles.append(module.register_forward_hook(partial(add, name)))
+            stack.callback(module.register_forward_hook(partial(add, name)).remove)
+        for name, noise in by_itself.items():
+            owner, _, short = name.rpartition(".")
+            members: dict[str, Any] = model.get_submodule(owner)._parameters
+            stack.callback(members.__setitem__, short, members[short])
+            each = members[short].unsqueeze(0).unsqueeze(0) if members[short].dim() == 1 else members[short]
+            shape = examples, *each.shape[1:]
+            drawn = torch.randn(shape, generator=generator, device=each.device, dtype=each.dtype)
+            members[short] = each + kept(drawn * noise.std)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     silent = [name for name, count in calls.items() if not count]
     if silent:
         raise NoNoiseRule(
             f"{_some(silent)} had no call of its own in the forward pass, so its noise was not added: freeze it"
         )
+
+
+@torch.no_grad()
+def check_apart(model: nn.Module, names: Collection[str], forward: Callable[[], Tensor], examples: int) -> None:
+    """Refuse a model in which noise can't be drawn example by example, though each module sees as many rows.
+
+    Args:
+        names: of the parameters that will have noise.
+        forward: gives the logits of a batch, [examples, K].
+
+    Raises:
+        NoNoiseRule: the noise of the first example changes the logits of others, or the model has no use for a
+            parameter that is another one for each example.
+    """
+    alone = [name for name in names if not _has_rule(model.get_submodule(name.rpartition(".")[0]))]
+    suspects = _some(alone) if alone else "what is used otherwise"
+    sizes = {name: model.get_parameter(name).square().mean().sqrt() for name in names}
+    noises = {name: Noise(TENTH * torch.where(size > 0, size, 1.0)) for name, size in sizes.items()}
+    still = forward()
+    if not bool(still.isfinite().all()):
+        return  # What comes next says so.
+    generator = torch.Generator(still.device).manual_seed(0)
+    try:
+        with fresh_noise(model, noises, examples, generator, only_first=True):
+            moved = forward()
+    except NoNoiseRule:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise NoNoiseRule(
+            f"the model can't have another parameter for each example ({error}): freeze {suspects}"
+        ) from error
+    if moved.shape == still.shape:
+        change = (moved - still).abs()
+        rounding = 1e-5 * still.abs().max()
+        if examples == 1 or bool(change[1:].max() <= TENTH * change[0].max() + rounding):
+            return
+    raise NoNoiseRule(
+        f"the noise of one example changes the logits of others, so no draw is of one example: freeze {suspects}"
+    )
 
 
 def generator_of(seed: int, purpose: int, device: torch.device) -> torch.Generator:
@@ -125,32 +188,63 @@ def generator_of(seed: int, purpose: int, device: torch.device) -> torch.Generat
     return torch.Generator(device).manual_seed(int(mixed[0] >> np.uint64(1)))
 
 
+def _has_rule(module: nn.Module) -> bool:
+    if type(module) is nn.Conv2d:  # by patches, which these have not
+        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return type(module) in _RULES
+
+
 def _linear(module: nn.Module, x: Tensor, noises: Mapping[str, Noise], generator: torch.Generator) -> Tensor:
     transposed = isinstance(module, Conv1D)
     weight = module.weight
     assert isinstance(weight, Tensor)
-    outputs = weight.shape[1 if transposed else 0]
-    flat = x.reshape(len(x), -1, x.shape[-1])
-    draw = partial(torch.randn, generator=generator, device=x.device, dtype=x.dtype)
-    total = x.new_zeros(len(x), flat.shape[1], outputs)
+    return _by_rows(
+        x.reshape(len(x), -1, x.shape[-1]), weight.shape[1 if transposed else 0], transposed, noises, generator
+    )
+
+
+def _convolution(module: nn.Module, x: Tensor, noises: Mapping[str, Noise], generator: torch.Generator) -> Tensor:
+    assert isinstance(module, nn.Conv2d)
+    assert not isinstance(module.padding, str)
+    patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).mT
+    return _by_rows(patches, module.out_channels, False, noises, generator).mT
+
+
+def _by_rows(
+    flat: Tensor, outputs: int, transposed: bool, noises: Mapping[str, Noise], generator: torch.Generator
+) -> Tensor:
+    """[examples, rows, outputs], from what the weight multiplies, [examples, rows, in]."""
+    draw = partial(torch.randn, generator=generator, device=flat.device, dtype=flat.dtype)
+    total = flat.new_zeros(len(flat), flat.shape[1], outputs)
     if "weight" in noises:
         noise = noises["weight"]
-        std = noise.std.t() if transposed and noise.std.dim() == 2 else noise.std
+        std = noise.std.flatten(1) if noise.std.dim() > 2 else noise.std
+        std = std.t() if transposed and std.dim() == 2 else std
         if std.numel() == 1:
             with torch.no_grad():  # a gradient through the spread of the tokens is not worth that of a QR
                 factor = torch.linalg.qr(flat.mT, mode="r").R.mT
-            total = total + std * (factor @ draw(len(x), factor.shape[-1], outputs))
+            total = total + std * (factor @ draw(len(flat), factor.shape[-1], outputs))
         else:
             seen = flat if noise.basis is None else flat @ noise.basis
             if flat.shape[1] == 1:
                 # Not below the smallest float, whose root still has a gradient.
-                variance = (seen.square() @ std.square().t()).clamp(min=torch.finfo(x.dtype).tiny)
+                variance = (seen.square() @ std.square().t()).clamp(min=torch.finfo(flat.dtype).tiny)
                 total = total + variance.sqrt() * draw(*total.shape)
             else:
-                total = total + seen @ (std * draw(len(x), *std.shape)).mT
+                total = total + seen @ (std * draw(len(flat), *std.shape)).mT
     if "bias" in noises:
-        total = total + noises["bias"].std * draw(len(x), 1, outputs)
+        total = total + noises["bias"].std * draw(len(flat), 1, outputs)
     return total
+
+
+def _embedding(module: nn.Module, x: Tensor, noises: Mapping[str, Noise], generator: torch.Generator) -> Tensor:
+    assert isinstance(module, nn.Embedding)
+    ids, std = x.reshape(len(x), -1), noises["weight"].std
+    shape = (*ids.shape, module.embedding_dim)
+    drawn = torch.randn(shape, generator=generator, device=x.device, dtype=module.weight.dtype)
+    # The same token has the same noise: that of its first occurrence.
+    first = (ids.unsqueeze(2) == ids.unsqueeze(1)).to(torch.uint8).argmax(2)
+    return drawn.gather(1, first.unsqueeze(-1).expand(shape)) * (std[ids] if std.dim() else std)
 
 
 def _layer_norm(module: nn.Module, x: Tensor, noises: Mapping[str, Noise], generator: torch.Generator) -> Tensor:
@@ -167,7 +261,13 @@ def _layer_norm(module: nn.Module, x: Tensor, noises: Mapping[str, Noise], gener
 
 
 _Rule = Callable[[nn.Module, Tensor, Mapping[str, Noise], torch.Generator], Tensor]
-_RULES: dict[type[nn.Module], _Rule] = {nn.Linear: _linear, Conv1D: _linear, nn.LayerNorm: _layer_norm}
+_RULES: dict[type[nn.Module], _Rule] = {
+    nn.Linear: _linear,
+    Conv1D: _linear,
+    nn.Conv2d: _convolution,
+    nn.Embedding: _embedding,
+    nn.LayerNorm: _layer_norm,
+}
 
 
 def _some(names: list[str]) -> str:

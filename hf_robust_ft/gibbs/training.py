@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from operator import length_hint
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..curvature.batches import BAR_DELAY
 from ..curvature.model import Inputs, split_batch
 from ..losses import forward_corrected
 from ..noise import load_transition
-from .injection import TRAINING, Noise, fresh_noise, generator_of
+from .injection import TRAINING, Noise, check_apart, fresh_noise, generator_of
 from .posterior import Posterior, WeightPosterior, centres, group_of, prior_unit
 
 # How far a step of Adam takes all weights of a group together, in prior standard deviations. With one step length for
@@ -94,6 +95,7 @@ def fit_posterior(
         generator = generator_of(seed, TRAINING, family.device)
         # The slopes are those at a running mean, as kl^-1 of one batch's risk is not that of the mean risk.
         risks: dict[bool, float] = {}
+        _check_first(batches, model, middle)
         with tqdm(total=total, desc="posterior", unit="batch", delay=BAR_DELAY, leave=False, disable=None) as bar:
             for epoch in range(epochs):
                 soft = 2 * epoch >= epochs
@@ -283,6 +285,14 @@ def _principal_directions(
         if bias in trained:
             found[bias] = Spectrum(torch.ones(1, dtype=torch.float64), None)
     return total, found
+
+
+def _check_first(batches: Iterable[Any], model: nn.Module, names: Collection[str]) -> None:
+    """On the first batch of several examples."""
+    for inputs, labels in _batches(batches, model):
+        if len(labels) > 1:
+            check_apart(model, names, partial(logits_of, model, inputs), len(labels))
+            return
 
 
 def logits_of(model: nn.Module, inputs: Inputs) -> Tensor:

@@ -27,7 +27,7 @@ from .checkpoint import STATE_FILE
 from .corrected_loss import CorrectedLoss, loss_type
 from .curvature import HessianReport, measure_hessian
 from .features import num_classes
-from .files import written_whole
+from .files import NotWritten, written_whole
 from .layers import find_layers
 from .reference import ReferenceMismatch, capture_reference, load_reference, reference_digest, save_reference
 from .report_bounds import report_bounds
@@ -320,7 +320,7 @@ def _bounds(
             reference=weights,
             margin=margin if margin is not None and margin > 0 else None,
         )
-    except ValueError as error:
+    except (ValueError, NotWritten) as error:  # weights that don't fit go to the disk
         logger.warning("no bound was computed: %s", error)
         return ()
     return tuple(found)

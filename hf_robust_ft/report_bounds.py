@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .bounds.bound import Bound, check_count
 from .bounds.distance import distance_measures
 from .bounds.hessian import EPSILON, SOURCE, hessian_bound
-from .curvature.placement import whole_weights
+from .curvature.placement import processes_of, whole_weights
 from .curvature.report import HessianReport, LayerCurvature
 from .layers import find_layers
 from .reference import weight_and_reference
@@ -51,7 +51,7 @@ def report_bounds(
     check_count(n)
     found = [_hessian(report, n, transition, epsilon, lanczos=lanczos) for lanczos in (False, True)]
     if model is not None and reference is not None:
-        with whole_weights(model):
+        with processes_of(model, distributed=False).together(), whole_weights(model):
             pairs = _weights_and_references(model, reference)
             found += distance_measures(pairs, n=n, margin=margin, largest_loss=report.losses.maximum)
     return [*found, *others]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -135,14 +136,54 @@ def test_what_is_derived_is_computed_from_what_is_paged() -> None:
     assert torch.equal(derived(start, lambda: start + 1), start + 1)
 
 
-def test_what_was_written_to_is_not_loaded_again() -> None:
+@pytest.mark.parametrize("how", ["in place", "by name"])
+def test_what_was_written_to_is_not_loaded_again(how: str) -> None:
     paged = Paged()
     with paged.pages, torch.no_grad():
-        paged.tensors[0].add_(1)
+        if how == "in place":
+            paged.tensors[0].add_(1)
+        else:
+            torch.add(weights()[0], torch.ones(5, 5, dtype=torch.float64), out=paged.tensors[0])
         for other in paged.tensors[1:]:
             other.sum()
         assert torch.equal(paged.tensors[0] + 0, weights()[0] + 1)
     assert paged.loads[0] == 1
+
+
+def test_operations_that_may_copy_or_not_find_values_where_autograd_is_left_out() -> None:
+    """There they come whole, under schemas that say view; as in a load that computes."""
+    paged = Paged()
+    (weight,) = weights(1)
+    tensor = paged.tensors[0].detach()
+    with paged.pages, torch.inference_mode():
+        assert torch.equal(tensor.t().contiguous(), weight.t())
+        assert torch.equal(tensor.t().reshape(-1), weight.t().reshape(-1))
+        assert torch.equal(tensor.to(torch.float32), weight.float())
+    computed = paged.pages.add(lambda: tensor.t().reshape(-1).float(), (25,), torch.float64, tensor.device)
+    with paged.pages:
+        assert torch.equal(computed + 0, weight.t().reshape(-1).float().double())
+
+
+def test_what_one_thread_reads_stays_while_another_one_makes_room() -> None:
+    """Autograd has a thread for each GPU."""
+    paged = Paged()
+    expected = [weight.sum().item() for weight in weights()]
+    wrong = []
+
+    def read(first: int) -> None:
+        with paged.pages:
+            for turn in range(300):
+                i, j = (first + turn) % 6, (first + 2 * turn + 1) % 6
+                found = (paged.tensors[i].detach() + paged.tensors[j].detach()).sum().item()
+                if abs(found - expected[i] - expected[j]) > 1e-12:
+                    wrong.append((i, j))
+
+    threads = [threading.Thread(target=read, args=(k,)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_a_load_that_fails_leaves_the_others_usable() -> None:
@@ -169,6 +210,9 @@ def test_nothing_that_is_left_afterwards_reads_where_there_is_no_memory() -> Non
     paged.pages.close()
     assert all(repr(tensor).startswith("tensor([]") for tensor in (turned, leaf))
     assert all(repr(tensor).startswith("Parameter containing:\ntensor([]") for tensor in paged.tensors)
+    unmade = nn.LazyLinear(2)  # a tensor without memory, that has nothing to do with it
+    paged.pages.close()
+    assert "uninitialized" in repr(unmade.weight).lower()
     assert loss.isfinite()
     assert torch.equal(whole, weights()[3])
 
@@ -198,6 +242,24 @@ def test_what_is_freed_is_given_back_at_once() -> None:
         large.clear()
         assert full - own() > 0.9 * 40 * 2**21
     assert len(kept) == 40
+
+
+def test_a_container_has_less_than_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.undo()
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name, text in {"max": "5000000", "current": "1000000", "none": "max"}.items():
+        (tmp_path / name).write_text(text)
+    names = (str(tmp_path / "none"), str(tmp_path / "current")), (str(tmp_path / "max"), str(tmp_path / "current"))
+    monkeypatch.setattr(paging, "CGROUPS", names)
+    assert paging.room(torch.device("cpu")) == 2_000_000
+
+
+def test_without_a_folder_it_is_stored_in_memory() -> None:
+    pages = Pages()
+    stored = pages.stored(weights()[0])
+    pages.share()
+    with pages:
+        assert torch.equal(stored + 0, weights()[0])
 
 
 def test_files_are_gone_as_soon_as_they_can_be_read() -> None:

@@ -26,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = ["projection", "half", "measurement"]
     run("sharded.py", out, 1, *names, "base", "trainer", "reading")
     run("sharded.py", out, 2, *names, *(["trainer", "refusals", "reading"] if SHARDS_BY_ITSELF else []))
-    run("sharded.py", out, 2, "paged", "full_disk")
+    run("sharded.py", out, 2, "failing", "paged", "partly", "full_disk")
     return out
 
 
@@ -64,9 +64,18 @@ def test_a_sharded_model_is_measured_as_the_whole_one(runs: Path) -> None:
 @pytest.mark.multiprocess
 def test_it_is_measured_by_processes_that_never_hold_it_whole(runs: Path) -> None:
     (whole,) = results(runs, "measurement", 1)
-    first, second = results(runs, "paged", 2)
-    assert first == second
-    close(first, whole, "paged")
+    for name in ("paged", "partly"):
+        first, second = results(runs, name, 2)
+        assert first == second
+        close(first, whole, name)
+
+
+@pytest.mark.multiprocess
+def test_an_error_between_two_gathered_weights_ends_all_processes(runs: Path) -> None:
+    first, second = results(runs, "failing", 2)
+    for name in ("forms", "measure"):
+        assert second[name] == "MemoryError: no more"
+        assert first[name] == "OtherProcessFailed: process 1 failed: MemoryError: no more"
 
 
 @pytest.mark.multiprocess

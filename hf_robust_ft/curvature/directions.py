@@ -14,7 +14,7 @@ from ..adapters import find_adapters
 from ..layers import Layer, NotALayer, find_layers
 from ..reference import ReferenceMismatch, adapted_way, stored_weight
 from ..sharding import is_sharded, whole
-from .paging import Pages, derived, paged_by
+from .paging import derived, paged_by
 from .placement import stored_weights, unwrapped
 
 Layers = Literal["weights", "blocks"] | Mapping[str, str | Sequence[str]]
@@ -91,11 +91,12 @@ def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Modu
     if isinstance(reference, nn.Module):
         reference = stored_weights(unwrapped(reference))
     layers = [layer for group in groups for layer in group.members]
-    pages: Pages | None = None
+    pages = paged_by(layer.parameter for layer in layers)
     # Shards are gathered by all processes together, so now; what is whole can be read again.
     now = any(map(is_sharded, reference.values()))
     ways: dict[str, Tensor] = {}
     missing, misshapen, infinite = [], [], []
+    problem: Exception | None = None
     for layer in layers:
         base = stored_weight(layer, reference)
         if base is None and layer.adapter is None:
@@ -104,12 +105,16 @@ def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Modu
             misshapen.append(f"{layer.name} ({tuple(base.shape)} there, {tuple(layer.parameter.shape)} in the model)")
         else:
             compute = partial(_way, layer, base, reference)
-            way = compute() if now else derived(layer.parameter, compute)
-            if not way.norm().isfinite():
-                infinite.append(layer.name)
-            if now and (pages := paged_by([layer.parameter])) is not None:
-                way = pages.stored(way)
-            ways[layer.name] = way
+            try:
+                way = compute() if now else derived(layer.parameter, compute)
+                if not way.norm().isfinite():
+                    infinite.append(layer.name)
+                paged = now and paged_by([layer.parameter]) is not None
+                ways[layer.name] = pages.stored(way) if paged and pages is not None else way
+            except Exception as error:  # noqa: BLE001 - any at all: other processes wait for this one at the next layer
+                problem = problem or error
+    if problem is not None:
+        raise problem
     if now and pages is not None:
         pages.share()
     problems = [
@@ -130,12 +135,13 @@ def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Modu
 
 
 def _way(layer: Layer, base: Tensor | None, reference: Mapping[str, Tensor]) -> Tensor:
-    weight = layer.parameter.detach()
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = torch.promote_types(layer.parameter.dtype, torch.float32)
     if layer.adapter is not None:
         return adapted_way(layer, reference, dtype)
     assert base is not None
-    return weight.to(dtype) - whole(base.detach()).to(weight.device, dtype)
+    base = whole(base.detach())  # first: other processes wait for it
+    weight = layer.parameter.detach().to(dtype)
+    return weight - base.to(weight.device, dtype)
 
 
 def lengths_of(directions: Sequence[Mapping[int, Tensor]]) -> Tensor:

@@ -14,7 +14,7 @@ from .directions import Layers, group_layers, lengths_of, travelled
 from .engine import Engine, Forms, Kind
 from .loss import ExampleLoss, LossFunction
 from .model import measuring, split_batch
-from .placement import unwrapped
+from .placement import processes_of, unwrapped
 
 LANCZOS_STEPS = 20
 
@@ -94,7 +94,7 @@ def layer_quadratic_forms(
         raise ValueError(f"kind is {kind!r}; choose one of {', '.join(get_args(Kind))}")
     check_counts(lanczos_steps=lanczos_steps, examples_at_once=examples_at_once, directions_at_once=directions_at_once)
     model = unwrapped(model)
-    with measuring(model):
+    with processes_of(model, distributed=False).together(), measuring(model):
         groups, left_out = group_layers(model, layers)
         ways = travelled(groups, reference)
         inputs, labels = split_batch(batch, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -21,8 +22,8 @@ NAME = "weight"
 class OffloadFolder:
     """Files that one process writes and all on its machine read. All processes make every call together.
 
-    What was put there can be read after :meth:`share`. The files have no names from then on: whatever ends the
-    processes, nothing is left.
+    What was put there can be read after :meth:`share`, and the files have no names from then on: whatever ends the
+    processes, only an empty folder is left. (One that is killed before leaves what it has written.)
 
     Raises:
         NotWritten: there is no place for temporary files.
@@ -34,10 +35,16 @@ class OffloadFolder:
             own = Path(tempfile.mkdtemp(prefix="hf-robust-ft-"))
         except OSError as error:
             raise NotWritten(f"no folder for the weights can be made ({error}); set TMPDIR to one") from error
-        # Those of one machine see the folder of the first of them.
-        self.path = next(path for path in map(Path, processes.gather(str(own))) if path.is_dir())
+        try:
+            # Those of one machine take that of the first of them, if they see it (they may be in containers).
+            host = platform.node()
+            folders = [Path(path) for path, on in processes.gather((str(own), host)) if on == host]
+            self.path = next(path for path in folders if path.is_dir())
+            processes.gather(None)
+        except BaseException:
+            own.rmdir()
+            raise
         self._writes = self.path == own
-        processes.gather(None)
         if not self._writes:
             own.rmdir()
         self._put = 0
@@ -51,7 +58,7 @@ class OffloadFolder:
         if self._writes and self._problem is None:
             try:
                 save_file({NAME: tensor.detach().cpu().contiguous()}, self._file(number))
-            except (OSError, SafetensorError) as error:
+            except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
                 # Others wait for this process at the next tensor.
                 self._problem = f"{type(error).__name__}: {error}"
         return lambda: self._open[number].get_tensor(NAME)
@@ -66,7 +73,7 @@ class OffloadFolder:
         if problem is not None:
             raise NotWritten(
                 f"the weights of a model that is not whole in memory can't be written to {self.path} ({problem}); make "
-                "room there, or set TMPDIR to a folder of a disk that has room for the model and its reference"
+                "room there, or set TMPDIR to a folder of a disk (no tmpfs) that has it for the model and its reference"
             )
         new = range(len(self._open), self._put)
         self._open |= {n: safe_open(self._file(n), framework="pt") for n in new}

@@ -2,7 +2,8 @@
 
 A paged tensor has a shape, and a function that loads its values. An operation that reads it, or a view of it, finds it
 filled, whoever calls the operation: the model's forward pass, autograd, or a rule of the sweep. When memory is short,
-the tensors that were not used for longest give theirs back, and are loaded again the next time.
+the tensors that were not used for longest give theirs back, and are loaded again the next time. What reads memory
+otherwise than by an operation of torch (``.numpy()``, a kernel that takes an address) finds none.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import ctypes
 import gc
 import os
 import sys
+import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -31,6 +34,11 @@ SMALL = 2**20
 SHARE = 0.5
 
 _MARK = "_paged_by"
+# Limit and use of a container's memory, of both versions (Linux).
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 # Parameters of glibc's mallopt.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
@@ -69,6 +77,7 @@ class Pages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Bytes that were filled at once on one device."""
         self._folder = folder
         self._in_use: list[Page] = []
+        self._lock = threading.RLock()
         self._pages: dict[int, Page] = {}
         self._filled: dict[torch.device, OrderedDict[int, Page]] = defaultdict(OrderedDict)
         self._room: dict[torch.device, int] = {}
@@ -98,10 +107,12 @@ class Pages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
     def stored(self, tensor: Tensor) -> Tensor:
-        """A paged tensor of these values, from the disk; by all processes together, and not to be read before
-        :meth:`share`."""
-        assert self._folder is not None
-        return self.add(self._folder.put(tensor), tensor.shape, tensor.dtype, tensor.device)
+        """A paged tensor of these values; by all processes together, and not to be read before :meth:`share`.
+
+        From the folder, or the CPU's memory where there is none.
+        """
+        load = self._folder.put(tensor) if self._folder is not None else tensor.cpu
+        return self.add(load, tensor.shape, tensor.dtype, tensor.device)
 
     def share(self) -> None:
         """Let all processes read what was stored.
@@ -109,19 +120,22 @@ class Pages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Raises:
             NotWritten: see :meth:`OffloadFolder.share`.
         """
-        assert self._folder is not None
-        self._folder.share()
+        if self._folder is not None:
+            self._folder.share()
 
     def close(self) -> None:
         """Leave no tensor that would be read where there is no memory: a traceback that shows its variables would.
 
         Nothing can be read any more.
         """
+        for page in self._pages.values():
+            page.tensor.data = page.tensor.new_empty(0)
         # Of views and of what autograd makes of tensors there is no list.
-        tensors = (found for found in gc.get_objects() if issubclass(type(found), Tensor))
-        for tensor in self._plain(tensors):
-            if _memory(tensor) in self._pages:
-                tensor.data = tensor.new_empty(0)
+        for tensor in [found for found in gc.get_objects() if issubclass(type(found), Tensor)]:
+            # Tensors of all kinds, that have nothing to do with this one, may have no memory to tell of.
+            with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):
+                if any(_memory(plain) in self._pages for plain in self._plain([tensor])):
+                    tensor.data = tensor.new_empty(0)
         self._pages.clear()
         self._filled.clear()
 
@@ -130,14 +144,20 @@ class Pages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         pages = self._read_by(tree_leaves((args, kwargs)))
         if not pages:
             return func(*args, **kwargs)
-        if func.is_view:
-            return self._viewed(pages, func, args, kwargs)
-        self._fill(pages)
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for page in self._read_by(tree_leaves(value)):
+        # Autograd has a thread for each GPU. What one of them reads must not go before it has.
+        with self._lock:
+            # Where autograd is left out, an operation that may copy comes whole, under a schema that says view.
+            if func.is_view and not func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+                return self._viewed(pages, func, args, kwargs)
+            depth = len(self._in_use)
+            self._in_use += pages
+            try:
+                self._fill(pages)
+                for page in self._read_by(tree_leaves(_written(func, args, kwargs))):
                     page.written = True
-        return func(*args, **kwargs)
+                return func(*args, **kwargs)
+            finally:
+                del self._in_use[depth:]
 
     def _read_by(self, leaves: Iterable[Any]) -> list[Page]:
         tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
@@ -161,26 +181,21 @@ class Pages(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 page.resize(0)
 
     def _fill(self, pages: Sequence[Page]) -> None:
-        depth = len(self._in_use)
-        self._in_use += pages
-        try:
-            for page in pages:
-                filled, key = self._filled[page.tensor.device], _memory(page.tensor)
-                if key in filled:
-                    filled.move_to_end(key)
-                    continue
-                # It may be computed from other paged tensors.
-                with self, torch.no_grad():
-                    values = page.load()
-                    if _memory(values) in self._pages:  # whose memory may go now
-                        values = values.clone()
-                self._make_room(page)
-                page.resize(page.bytes)
-                page.values().copy_(values)
-                filled[key] = page
-                self.most = max(self.most, sum(each.bytes for each in filled.values()))
-        finally:
-            del self._in_use[depth:]
+        for page in pages:
+            filled, key = self._filled[page.tensor.device], _memory(page.tensor)
+            if key in filled:
+                filled.move_to_end(key)
+                continue
+            # It may be computed from other paged tensors.
+            with self, torch.no_grad():
+                values = page.load()
+                if _memory(values) in self._pages:  # whose memory may go now
+                    values = values.clone()
+            self._make_room(page)
+            page.resize(page.bytes)
+            page.values().copy_(values)
+            filled[key] = page
+            self.most = max(self.most, sum(each.bytes for each in filled.values()))
 
     def _make_room(self, wanted: Page) -> None:
         device = wanted.tensor.device
@@ -192,8 +207,8 @@ class Pages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if taken <= self._room[device]:
                 return
             if not page.written and page not in self._in_use:
-                page.resize(0)
                 del filled[key]
+                page.resize(0)
                 taken -= page.bytes
 
 
@@ -214,17 +229,35 @@ def room(device: torch.device) -> int:
     """Bytes for the paged tensors of one process on a device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free * SHARE)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for tensors to come
+        return int((free + kept) * SHARE)
     # torchrun and accelerate say how many processes share the machine.
-    available: int = psutil.virtual_memory().available
-    return int(available * SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return int(_available() * SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _available() -> int:
+    """Bytes of memory, of the machine or of a container in it."""
+    found: int = psutil.virtual_memory().available
+    for limit, used in CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            found = min(found, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(found, 0)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments that an operation changes."""
+    changed = [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
+    by_place = [value for value, is_changed in zip(args, changed, strict=False) if is_changed]
+    names = [a.name for a, is_changed in zip(func._schema.arguments, changed, strict=True) if is_changed]
+    return by_place + [kwargs[name] for name in names if name in kwargs]
 
 
 @contextlib.contextmanager
 def memory_given_back() -> Iterator[None]:
     """Give what is freed on the CPU back to the system at once. By itself glibc keeps blocks of up to 32 MB, and where
     weights come and go among other tensors it soon keeps many times as much as is used."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    left_to_us = sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if left_to_us else None
     if mallopt is not None:
         mallopt(MMAP_THRESHOLD, SMALL)
     try:

@@ -67,7 +67,7 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     offloading = [(module, hook) for module in model.modules() for hook in _offloading(module)]
     with contextlib.ExitStack() as stack:
         if offloading:
-            _page_offloaded(offloading, measured_type(model), stack)
+            _page_offloaded(model, offloading, stack)
         if has_shards(model):
             _check_meshes(model)
             reshard(model)
@@ -98,16 +98,18 @@ def _offloading(module: nn.Module) -> list[AlignDevicesHook]:
 
 
 def _page_offloaded(
-    offloading: Iterable[tuple[nn.Module, AlignDevicesHook]], dtype: torch.dtype, stack: contextlib.ExitStack
+    model: nn.Module, offloading: Iterable[tuple[nn.Module, AlignDevicesHook]], stack: contextlib.ExitStack
 ) -> None:
     """Until the stack is left: what Accelerate loads when a module runs is loaded when an operation reads it."""
-    pages = Pages()
+    pages, dtype = Pages(), measured_type(model)
     tied: dict[tuple[int, torch.Size], nn.Parameter] = {}
     for module, hook in offloading:
         stack.callback(setattr, hook, "offload", True)
         hook.offload = False
         device = torch.device(hook.execution_device)
         for name, parameter in list(module.named_parameters(recurse=hook.place_submodules)):
+            if not parameter.is_meta:
+                continue  # tied to one of a module that stays
             if type(parameter) is not nn.Parameter:
                 raise ValueError(
                     f"model has {name} offloaded as {type(parameter).__name__}: quantized weights are measured where "
@@ -123,7 +125,20 @@ def _page_offloaded(
         for name, buffer in list(module.named_buffers(recurse=hook.place_submodules)):
             if buffer.is_meta:
                 _exchange(module, "_buffers", name, hook.weights_map[name].to(device), stack)
+    _tie(model, stack)
     _enter(pages, stack)
+
+
+def _tie(model: nn.Module, stack: contextlib.ExitStack) -> None:
+    """By name: offloading has made two of a weight that has two names."""
+    for module in model.modules():
+        for target, source in getattr(module, "all_tied_weights_keys", {}).items():
+            owners = [module.get_submodule(name.rpartition(".")[0]) for name in (target, source)]
+            first, second = (
+                o._parameters.get(n.rpartition(".")[2]) for o, n in zip(owners, (target, source), strict=True)
+            )
+            if first is not None and second is not None and first is not second:
+                _exchange(module, "_parameters", target, second, stack)
 
 
 def _exchange(module: nn.Module, kind: str, name: str, tensor: Tensor, stack: contextlib.ExitStack) -> None:

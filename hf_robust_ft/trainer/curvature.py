@@ -197,10 +197,11 @@ class MeasuringTrainer(RadiusTrainer):
         try:
             # Cut short by Ctrl-C it returns what it has.
             interrupted = not self.measure_hessian().complete
-        except NotWritten as error:
-            logger.error("%s. trainer.hessian_report has the report: trainer.hessian_report.save(path)", error)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - any at all: the training is worth more
             interrupted = isinstance(error, KeyboardInterrupt)
+            if isinstance(error, NotWritten) and self._measurement_now is not None:  # else it was the weights
+                logger.error("%s. trainer.hessian_report has the report: trainer.hessian_report.save(path)", error)
+                return
             logger.error(
                 "The curvature was not measured: %s: %s. The training is unharmed. Go on with "
                 "trainer.measure_hessian(), or load the model and call hf_robust_ft.measure_hessian",

@@ -34,7 +34,7 @@ from hf_robust_ft import (
 )
 from hf_robust_ft.base_model import read_reference
 from hf_robust_ft.checkpoint import RECORD_FILE
-from hf_robust_ft.curvature import offload_folder, paging, placement
+from hf_robust_ft.curvature import directions, offload_folder, paging, placement
 from hf_robust_ft.sharding import whole
 
 CONFIG = {
@@ -190,6 +190,36 @@ def paged(out: Path) -> dict[str, Any]:
     return found
 
 
+def partly(out: Path) -> dict[str, Any]:
+    """The same where small weights stay in memory: those of the head, for one."""
+    if PROCESSES > 1:
+        short_of_memory(2 * 41 * 8 * 8)
+        paging.SMALL = 41 * 8 * 8
+    return measurement(out)
+
+
+def failing(out: Path) -> dict[str, str]:
+    """The second process fails between two weights that all gather together."""
+    way, calls = directions._way, 0
+
+    def fail(*args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        found = way(*args)
+        if RANK == 1 and calls == 3:
+            raise MemoryError("no more")
+        return found
+
+    model = build()
+    reference = {name: p.detach() * 0.9 for name, p in model.named_parameters()}
+    directions._way = fail
+    found = {"forms": said(lambda: layer_quadratic_forms(model, batch(4), reference))}
+    calls = 0
+    found["measure"] = said(lambda: measure_hessian(model, reference, [batch(4)]))
+    directions._way = way
+    return found
+
+
 def full_disk(out: Path) -> str:
     """The first process can't write the weights: all say so, none waits."""
     save_file = offload_folder.save_file
@@ -288,4 +318,4 @@ def reading(out: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     # Some launchers start one process whatever they are asked for, and then nothing would be tested.
     assert PartialState(cpu=True).num_processes == PROCESSES
-    answer(projection, half, measurement, paged, full_disk, base, trainer, refusals, reading)
+    answer(projection, half, measurement, paged, partly, failing, full_disk, base, trainer, refusals, reading)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from accelerate import cpu_offload
 from torchrun import WORKERS, launch
 
 from hf_robust_ft import (
@@ -18,6 +19,7 @@ from hf_robust_ft import (
     measure_hessian,
     top_eigenpairs,
 )
+from hf_robust_ft.curvature import paging
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -116,3 +118,16 @@ def test_a_model_spread_over_cpu_and_gpu_is_measured() -> None:
     spread = dispatch_model(model, {name: (0 if i else "cpu") for i, name in enumerate(names)}, main_device=0)
     found = measure_hessian(spread, reference, [batch], time_budget=0)
     assert numbers(found) == pytest.approx(numbers(expected), rel=1e-3)
+
+
+def test_a_model_that_the_gpu_has_no_room_for_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reference, batch = moved()
+    expected = measure_hessian(model, reference, [batch], lanczos_steps=8)
+    model, _, _ = moved()
+    cpu_offload(model, torch.device("cuda", 0))
+    monkeypatch.setattr(paging, "room", lambda device: 3 * max(8 * w.numel() for w in reference.values()))
+    found = measure_hessian(model, reference, [batch], lanczos_steps=8)
+    assert numbers(found) == pytest.approx(numbers(expected), rel=1e-6)
+    monkeypatch.undo()
+    free, _ = torch.cuda.mem_get_info()
+    assert 0 < paging.room(torch.device("cuda", 0)) <= (free + torch.cuda.memory_reserved()) / 2

@@ -22,7 +22,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 @pytest.fixture(scope="module")
 def recipes(recipe: Any) -> dict[str, ModuleType]:
-    parts = ("baselines", "data", "methods", "report")
+    parts = ("baselines", "data", "methods", "report", "tuning")
     return {"benchmark": recipe("benchmark")} | {part: recipe(f"benchmark_{part}") for part in parts}
 
 
@@ -178,6 +178,46 @@ def test_the_setting_of_the_best_mean_is_chosen(report: ModuleType) -> None:
         for noise, score in zip("ab", scores, strict=True):
             runs.append(line("plain", "x", noise, 0, 0.0, clean=score) | {"setting": {"learning_rate": rate}})
     assert report.chosen_settings(runs) == {"x": {"plain": {"learning_rate": 1.0}}}
+
+
+def tried(scores: dict[float, float], **others: float) -> dict[str, float]:
+    return {json.dumps({"learning_rate": rate, **others}): score for rate, score in scores.items()}
+
+
+def test_a_rate_at_the_end_of_its_list_asks_for_the_next(recipes: dict[str, ModuleType]) -> None:
+    outward = recipes["tuning"].outward
+    assert outward(tried({0.1: 0.8, 0.3: 0.7, 1.0: 0.6})) == [{"learning_rate": 0.03}]
+    assert outward(tried({0.1: 0.5, 0.3: 0.7, 1.0: 0.9})) == [{"learning_rate": 3.0}]
+    assert outward(tried({0.1: 0.5, 0.3: 0.7, 1.0: 0.6})) == []
+    # Among those with the same other number: the best of rho = 2 has one rate only, and both sides are open.
+    both = tried({0.3: 0.5, 1.0: 0.6}, rho=1.0) | tried({1.0: 0.9}, rho=2.0)
+    assert outward(both) == [{"learning_rate": 0.3, "rho": 2.0}, {"learning_rate": 3.0, "rho": 2.0}]
+    assert outward(tried({0.003: 0.9, 0.01: 0.8})) == []  # the ladder ends there
+    assert outward({'{"C": 0.1}': 0.5}) == []
+
+
+def test_tuning_goes_on_until_no_rate_lies_at_the_end(recipes: dict[str, ModuleType]) -> None:
+    further, key = recipes["benchmark"].further, recipes["benchmark"].key
+    listed = [("x", noise, 0, "plain", {"learning_rate": rate}) for rate in (0.1, 0.3) for noise in "ab"]
+    lines: list[dict[str, Any]] = []
+
+    def run(jobs: list[Any]) -> None:
+        for source, noise, seed, method, setting in jobs:
+            score = 1 - abs(math.log10(setting["learning_rate"]) - 0.5)  # the best lies at 3
+            lines.append(line(method, source, noise, seed, 0.0, clean=score) | {"setting": setting})
+
+    run(listed[:3])
+    assert further(lines, listed) == []  # the list comes first
+    run(listed[3:])
+    rounds = []
+    while jobs := further(lines, listed):
+        rounds.append({job[4]["learning_rate"] for job in jobs})
+        # One that broke off in between is finished before anything is compared.
+        run(jobs[:1])
+        assert further(lines, listed) == jobs[1:]
+        run(jobs[1:])
+    assert rounds == [{1.0}, {3.0}, {10.0}]
+    assert len({key(each) for each in lines}) == len(lines) == 10
 
 
 def test_a_draw_counts_once_whatever_its_kinds_of_noise(report: ModuleType) -> None:

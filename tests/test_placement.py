@@ -203,6 +203,16 @@ def test_weights_that_are_tied_by_name_stay_tied(
     torch.testing.assert_close(got.values, expected.values, rtol=1e-12, atol=1e-14)
 
 
+def test_weights_that_only_the_configuration_ties_stay_two(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=8, n_embd=16, n_layer=1, n_head=2)).double()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 1)
+    assert "lm_head.weight" in model.all_tied_weights_keys
+    disk_offload(model, tmp_path, torch.device("cpu"))
+    with whole_weights(model):
+        assert model.lm_head.weight is not model.transformer.wte.weight
+
+
 def test_quantized_weights_that_are_offloaded_are_refused() -> None:
     class Quantized(nn.Parameter):
         pass

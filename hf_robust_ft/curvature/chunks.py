@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .free_memory import free_memory
+
 # Elements of the largest tensor times the directions that travel through it together. On a CPU more falls out of the
 # cache, and less makes matrices small and Python's share large.
 CPU_ELEMENTS = 4_000_000
@@ -56,6 +58,5 @@ def _even(examples: int, at_most: int) -> int:
 def _budget(device: torch.device, on_cpu: int) -> int:
     """Elements of a tensor that travel together."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * GPU_SHARE / 4)
+        return int(free_memory(device) * GPU_SHARE / 4)
     return on_cpu

@@ -14,7 +14,7 @@ from ..adapters import find_adapters
 from ..layers import Layer, NotALayer, find_layers
 from ..reference import ReferenceMismatch, adapted_way, stored_weight
 from ..sharding import is_sharded, whole
-from .paging import derived, paged_by
+from .paging import derived, kept, paged_by
 from .placement import stored_weights, unwrapped
 
 Layers = Literal["weights", "blocks"] | Mapping[str, str | Sequence[str]]
@@ -91,7 +91,6 @@ def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Modu
     if isinstance(reference, nn.Module):
         reference = stored_weights(unwrapped(reference))
     layers = [layer for group in groups for layer in group.members]
-    pages = paged_by(layer.parameter for layer in layers)
     # Shards are gathered by all processes together, so now; what is whole can be read again.
     now = any(map(is_sharded, reference.values()))
     ways: dict[str, Tensor] = {}
@@ -109,13 +108,12 @@ def travelled(groups: Sequence[Group], reference: Mapping[str, Tensor] | nn.Modu
                 way = compute() if now else derived(layer.parameter, compute)
                 if not way.norm().isfinite():
                     infinite.append(layer.name)
-                paged = now and paged_by([layer.parameter]) is not None
-                ways[layer.name] = pages.stored(way) if paged and pages is not None else way
+                ways[layer.name] = kept(layer.parameter, way) if now else way
             except Exception as error:  # noqa: BLE001 - any at all: other processes wait for this one at the next layer
                 problem = problem or error
     if problem is not None:
         raise problem
-    if now and pages is not None:
+    if now and (pages := paged_by(layer.parameter for layer in layers)) is not None:
         pages.share()
     problems = [
         *([f"has no weights for {', '.join(missing)}"] if missing else []),

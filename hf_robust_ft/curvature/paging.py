@@ -9,23 +9,19 @@ otherwise than by an operation of torch (``.numpy()``, a kernel that takes an ad
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
-import os
-import sys
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from .free_memory import free_memory
 from .offload_folder import OffloadFolder
 
 # Bytes. Smaller tensors, such as biases and norms, are not worth the trouble.
@@ -34,13 +30,6 @@ SMALL = 2**20
 SHARE = 0.5
 
 _MARK = "_paged_by"
-# Limit and use of a container's memory, of both versions (Linux).
-CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-# Parameters of glibc's mallopt.
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(eq=False)
@@ -217,6 +206,12 @@ def paged_by(parameters: Iterable[Tensor]) -> Pages | None:
     return next((getattr(p, _MARK) for p in parameters if hasattr(p, _MARK)), None)
 
 
+def kept(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor as it is; of a paged parameter stored (:meth:`Pages.stored`)."""
+    pages = paged_by([parameter])
+    return tensor if pages is None else pages.stored(tensor)
+
+
 def derived(parameter: Tensor, compute: Callable[[], Tensor]) -> Tensor:
     """What is computed, of shape and type of a parameter; of a paged one a paged tensor, computed when it is used."""
     pages = paged_by([parameter])
@@ -227,21 +222,7 @@ def derived(parameter: Tensor, compute: Callable[[], Tensor]) -> Tensor:
 
 def room(device: torch.device) -> int:
     """Bytes for the paged tensors of one process on a device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for tensors to come
-        return int((free + kept) * SHARE)
-    # torchrun and accelerate say how many processes share the machine.
-    return int(_available() * SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _available() -> int:
-    """Bytes of memory, of the machine or of a container in it."""
-    found: int = psutil.virtual_memory().available
-    for limit, used in CGROUPS:
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            found = min(found, int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return max(found, 0)
+    return int(free_memory(device) * SHARE)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
@@ -250,22 +231,6 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
     by_place = [value for value, is_changed in zip(args, changed, strict=False) if is_changed]
     names = [a.name for a, is_changed in zip(func._schema.arguments, changed, strict=True) if is_changed]
     return by_place + [kwargs[name] for name in names if name in kwargs]
-
-
-@contextlib.contextmanager
-def memory_given_back() -> Iterator[None]:
-    """Give what is freed on the CPU back to the system at once. By itself glibc keeps blocks of up to 32 MB, and where
-    weights come and go among other tensors it soon keeps many times as much as is used."""
-    left_to_us = sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if left_to_us else None
-    if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, SMALL)
-    try:
-        yield
-    finally:
-        if mallopt is not None:  # where it ends up by itself
-            mallopt(MMAP_THRESHOLD, 2**25)
-            mallopt(TRIM_THRESHOLD, 2**26)
 
 
 def is_small(tensor: Tensor) -> bool:

@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from ..processes import Processes
 from ..sharding import computing_device, has_shards, reshard, whole
+from .free_memory import memory_given_back
 from .offload_folder import OffloadFolder
-from .paging import Pages, is_small, memory_given_back, room
+from .paging import Pages, is_small, room
 
 logger = logging.getLogger(__name__)
 

@@ -68,12 +68,12 @@ def main() -> int:
     if options.tune:
         jobs += further(lines, jobs)
     folder = options.output.parent / "diagnoses"
-    wanted = {job[:3] for job in jobs if key(dict(zip(KEY, job, strict=True))) not in done}
+    wanted = {job[:3] for job in jobs if key_of(job) not in done}
     for name, noise, seed in list(dict.fromkeys(job[:3] for job in jobs))[rank::world]:
         missing = not (case_folder(folder, name, noise, seed) / "diagnosis.json").is_file()
         if missing and (name, noise, seed) in wanted:
             make_diagnosis(SOURCES[name], noise, seed, folder)
-    own = [job for job in jobs[rank::world] if key(dict(zip(KEY, job, strict=True))) not in done]
+    own = [job for job in jobs[rank::world] if key_of(job) not in done]
     failed, case = 0, None
     bar = tqdm(own, unit="run", disable=rank > 0, file=sys.stdout, mininterval=5)
     for name, noise, seed, method, setting in bar:
@@ -141,9 +141,9 @@ def further(lines: Sequence[Line], jobs: Sequence[Job]) -> list[Job]:
 
     def missing(of: tuple[str, str], settings: Iterable[Setting]) -> list[Job]:
         every = [(of[0], noise, seed, of[1], setting) for setting in settings for noise, seed in sorted(cases[of])]
-        return [job for job in every if key(dict(zip(KEY, job, strict=True))) not in done]
+        return [job for job in every if key_of(job) not in done]
 
-    listed = {(job[0], job[3]) for job in jobs if key(dict(zip(KEY, job, strict=True))) not in done}
+    listed = {(job[0], job[3]) for job in jobs if key_of(job) not in done}
     runs = [run for run in lines if (run["noise"], run["seed"]) in cases.get((run["source"], run["method"]), ())]
     found: list[Job] = []
     for of, tried in scores_of(runs).items():
@@ -176,6 +176,11 @@ def key(line: dict[str, Any]) -> tuple[str, str, int, str, str]:
     """What tells one run from another."""
     source, noise, seed, method, setting = (line[name] for name in KEY)
     return source, noise, seed, method, json.dumps(setting, sort_keys=True)
+
+
+def key_of(job: Job) -> tuple[str, str, int, str, str]:
+    """:func:`key` of the line that a job will have."""
+    return key(dict(zip(KEY, job, strict=True)))
 
 
 def machine() -> dict[str, str]:

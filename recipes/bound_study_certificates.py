@@ -6,8 +6,8 @@ For each chosen line of ``--input`` the model is trained again, and must end at 
 has the means where training left them, and one prior scale for the head and one for all else, fitted to the bound. The
 certificate bounds the error of the randomised model on examples with labels of the same kind. Certificates end at 1,
 where they say nothing, so the divergence from the prior stands beside them: that of each way is what orders them. One
-line of JSON a run goes to a file beside the input, ``…_certificates.jsonl``; runs that have theirs are skipped. A table
-in Markdown comes last.
+line of JSON a run goes to a file beside the input, ``…_certificates.jsonl``; runs that have theirs are skipped. The
+process that ends last prints a table in Markdown.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def main() -> None:
         if key(run) not in done:
             examples, _ = drawn(run["n"], run["seed"], run["noise_rate"], train, test)
             append_line(shortened(certified(run, examples, args.model_name_or_path)), output)
-    print(table([line for line in read_lines(output) if key(line) in {key(run) for run in runs}]))
+    lines = [line for line in read_lines(output) if key(line) in {key(run) for run in runs}]
+    if len(lines) == len(runs):
+        print(table(lines))
 
 
 def key(run: Record) -> tuple[str, int, int]:

@@ -312,3 +312,26 @@ def test_the_study_and_its_report(tmp_path: Path) -> None:
     assert said.startswith("4 runs\n")
     assert said.count("\n| ") == (1 + 14) + (1 + 2) + (1 + 1)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+# Certificates
+
+
+def test_certificates_are_of_the_models_of_the_study(study: Any, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificates = recipe("bound_study_certificates")
+    monkeypatch.setattr(certificates, "EPOCHS", 1)
+    start = str(RECIPES / "glyph_vit")
+    examples, _ = study.drawn(64, 0, 0.0, *study.data(start))
+    model, _ = study.fresh_model(start, 0)
+    study.fine_tune(model, examples, "plain", 0, 1)
+    loss = study.risks(model, examples.batches(model.device))[0].mean().item()
+    line = run("plain", 64, 0, noise_rate=0.0, epochs=1, gap=0.1, error_gap=0.1, test_error=0.5, train_loss=loss)
+    found = certificates.certified(line, examples, start)
+    assert found["train_loss"] == pytest.approx(loss, rel=1e-5)
+    assert 0 <= found["empirical"] <= found["certificate"] <= 1
+    assert found["kl"] > 0
+    rows = certificates.table([found, {**found, "way": "slow", "kl": 2 * found["kl"], "gap": 0.2}])
+    assert f"| plain | 64 | 0 | {found['certificate']:.3f} |" in rows
+    assert rows.endswith("n = 64, seed 0: 1.00")
+    with pytest.raises(SystemExit, match="these are not its models"):
+        certificates.certified({**line, "train_loss": 2 * loss}, examples, start)

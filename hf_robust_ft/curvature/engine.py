@@ -215,24 +215,24 @@ class Engine:
             pairs = [(v.flatten(), g.flatten()) for i, v in direction.items() if (g := vectors.get(i)) is not None]
             return sum((v @ g).item() for v, g in pairs), sum((v.norm() * g.norm()).item() for v, g in pairs)
 
-        found = [[0.0, 0.0] for _ in directions]
-        used: set[int] = set()
+        expected = [0.0] * len(directions)
+        scales = [0.0] * len(directions)
+        reached: set[int] = set()
 
         def take(i: int, gradient: Tensor) -> None:
+            reached.add(i)
             for d, direction in enumerate(directions):
-                if i in direction:
-                    inner, most = along({i: direction[i]}, {i: gradient})
-                    found[d] = [found[d][0] + inner, found[d][1] + most]
-                    if d in chosen:
-                        used.add(i)
+                inner, most = along(direction, {i: gradient})
+                expected[d] += inner
+                scales[d] += most
 
         each_gradient(loss, leaves, take)
-        for (expected, scale), slope in zip(found, slopes.tolist(), strict=True):
-            if not abs(slope - expected) <= tolerance * scale:
+        for slope, inner, scale in zip(slopes.tolist(), expected, scales, strict=True):
+            if not abs(slope - inner) <= tolerance * scale:
                 return False
-        inputs_used = sorted(used)
-        graphs = torch.autograd.grad(loss, [leaves[i] for i in inputs_used], create_graph=True)
-        gradients = dict(zip(inputs_used, graphs, strict=True))
+        used = sorted(reached & {i for d in chosen for i in directions[d]})
+        graphs = torch.autograd.grad(loss, [leaves[i] for i in used], create_graph=True)
+        gradients = dict(zip(used, graphs, strict=True))
         for d in chosen:
             moving = [i for i in directions[d] if i in gradients]
             bending = [(gradients[i], directions[d][i]) for i in moving if gradients[i].requires_grad]
@@ -245,8 +245,8 @@ class Engine:
                 )  # fmt: skip
             except (RuntimeError, NotImplementedError):
                 continue  # An operation that only the sweep knows how to differentiate twice.
-            expected, scale = along(directions[d], dict(zip(moving, bent, strict=True)))
-            if not abs(hessian[d].item() - expected) <= tolerance * scale:
+            inner, scale = along(directions[d], dict(zip(moving, bent, strict=True)))
+            if not abs(hessian[d].item() - inner) <= tolerance * scale:
                 return False
         return True
 

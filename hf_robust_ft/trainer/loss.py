@@ -206,7 +206,8 @@ class CorrectedTrainer(LabelTrainer):
     def _clean_accuracy(self) -> CleanAccuracy:
         assert self._predicted  # what is called only then
         labels, predictions = torch.cat([pairs for pairs, _ in self._predicted]).numpy().T
-        draws = None if self._estimate is None else self._estimate.draws
+        estimate = self._estimate
+        draws = None if estimate is None else estimate.draws
         transition = load_transition(self._noise, self._predicted[0][1])
         return clean_accuracy(predictions, labels, transition, transition_samples=draws)
 

@@ -80,7 +80,8 @@ class RadiusTrainer(ConstrainedTrainer):
         """
         if setting(self.args, "eval_labels") == "clean":
             return None
-        return self._transition if self._estimate is None or self._estimate.identifiable else None
+        estimate = self._estimate
+        return self._transition if estimate is None or estimate.identifiable else None
 
     def _validation_set(self) -> tuple[Any, str]:
         if self.model_init is None and (self.optimizer is not None or self.lr_scheduler is not None):

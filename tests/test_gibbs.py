@@ -25,7 +25,8 @@ from hf_robust_ft import (
 )
 from hf_robust_ft.bounds.kl import kl_inverse
 from hf_robust_ft.gibbs import WeightPosterior
-from hf_robust_ft.gibbs.injection import JUDGING, TRAINING, Noise, check_apart, fresh_noise, generator_of, noise_owners
+from hf_robust_ft.gibbs.injection import JUDGING, TRAINING, check_apart, fresh_noise, generator_of, noise_owners
+from hf_robust_ft.gibbs.noise_rules import Noise
 from hf_robust_ft.gibbs.posterior import centres, prior_unit
 from hf_robust_ft.gibbs.training import _slopes
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bounds.pac_bayes import PRIOR_SCALES, gaussian_kl
-from .injection import Noise, noise_owners
+from .injection import noise_owners
+from .noise_rules import Noise
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from ..curvature.batches import BAR_DELAY
 from ..curvature.model import Inputs, split_batch
 from ..losses import forward_corrected
 from ..noise import load_transition
-from .injection import TRAINING, Noise, check_apart, fresh_noise, generator_of
+from .injection import TRAINING, check_apart, fresh_noise, generator_of
+from .noise_rules import Noise
 from .posterior import Posterior, WeightPosterior, centres, group_of, prior_unit
 
 # How far a step of Adam takes all weights of a group together, in prior standard deviations. With one step length for

@@ -1,15 +1,13 @@
-"""What more processes make of a measurement: ``measure_hessian`` by one process and by several, one thread each.
+"""What more processes make of a measurement: ``measure_hessian`` by one process and by all, one thread each.
 
-    python recipes/bench_processes.py --model_name_or_path .assets/models/dinov2-small
-    python recipes/bench_processes.py --processes 1 2 8
+    torchrun --nproc_per_node 2 recipes/bench_processes.py --model_name_or_path .assets/models/dinov2-small
 
-Each round measures the same examples with each number of processes, by ``torchrun`` on this machine; the time is
-that of the measurement itself, without the start of Python: sound bounds of all examples, then Lanczos until every
-layer is settled or has had its 8 candidates. Two cores are not twice as fast as one where they share caches and memory,
-so as many processes also measure side by side, each everything by itself: ``at_most`` is how many times as fast as one
-they are on this machine with nothing to say to each other. Reports are compared, too: the largest difference of any
-layer's maximum, relative to it. The model is a pretrained one with a new head of ten classes; by default the small ViT
-of these recipes.
+Each round measures the same examples three times: the first process alone, all together, and all side by side, each
+everything by itself. Times are those of the measurement: sound bounds of all examples, then Lanczos until every layer
+is settled or has had its 8 candidates. Two cores are not twice as fast as one where they share caches and memory; how
+many times as fast as one they are on this machine with nothing to say to each other is ``at_most``, from the times side
+by side. Reports are compared, too: the largest difference of any layer's maximum, relative to it. The model is a
+pretrained one with a new head of ten classes; by default the small ViT of these recipes.
 """
 
 from __future__ import annotations
@@ -19,11 +17,7 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,51 +41,14 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=16, help="of all processes together")
     parser.add_argument("--lanczos_steps", type=int, default=10)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("outputs/bench_processes.json"))
-    parser.add_argument("--apart", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker is not None:
-        measure(options)
-        return
-
-    seconds: dict[int, list[float]] = {count: [] for count in options.processes}
-    apart: dict[int, list[float]] = {count: [] for count in options.processes if count > 1}
-    reports: dict[int, HessianReport] = {}
-    with tqdm(total=options.rounds * (len(seconds) + len(apart)), unit="measurement") as bar:
-        for _ in range(options.rounds):
-            for count in seconds:
-                reports[count] = run(count)
-                seconds[count].append(reports[count].seconds)
-                bar.update()
-                if count in apart:
-                    apart[count].append(run(count, "--apart").seconds)
-                    bar.update()
-    found = summary(options, seconds, apart, reports)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(found, indent=1))
-    print(json.dumps(found, indent=1))
-
-
-def run(processes: int, *how: str) -> HessianReport:
-    """The report of one measurement, in processes of its own; of the first of several side by side."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        subprocess.run(
-            [*command, __file__, *sys.argv[1:], *how, "--worker", str(path)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=True,
-            stderr=subprocess.DEVNULL,
-        )
-        return HessianReport.load(path)
-
-
-def measure(options: argparse.Namespace) -> None:
-    """What each process does."""
+    torch.set_num_threads(1)
     state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes == 1:
+        parser.error("there is one process; start several: torchrun --nproc_per_node 2 recipes/bench_processes.py")
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)
@@ -107,43 +64,44 @@ def measure(options: argparse.Namespace) -> None:
     pixels = torch.randn(options.examples, 3, size, size)
     labels = torch.arange(options.examples) % CLASSES
     batches = list(zip(pixels.split(options.batch_size), labels.split(options.batch_size), strict=True))
-    state.wait_for_everyone()  # a process that starts Python later is no part of the measurement
-    report = measure_hessian(
-        model, reference, batches, lanczos_steps=options.lanczos_steps, distributed=not options.apart
-    )
+
+    def measured(distributed: bool) -> HessianReport:
+        return measure_hessian(model, reference, batches, lanczos_steps=options.lanczos_steps, distributed=distributed)
+
+    ways = ("alone", "together", "side by side")
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    found: dict[str, HessianReport] = {}
+    bar = tqdm(total=options.rounds * len(ways), unit="measurement", disable=not state.is_main_process)
+    for _ in range(options.rounds):
+        for way in ways:
+            state.wait_for_everyone()
+            if way != "alone" or state.is_main_process:
+                found[way] = measured(way == "together")
+                seconds[way].append(found[way].seconds)
+            bar.update()
+    state.wait_for_everyone()
+    bar.close()
+
     if state.is_main_process:
-        report.save(options.worker)
-    if state.num_processes > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def summary(
-    options: argparse.Namespace,
-    seconds: dict[int, list[float]],
-    apart: dict[int, list[float]],
-    reports: dict[int, HessianReport],
-) -> dict[str, Any]:
-    """Medians, ratios and the largest differences from the first number of processes."""
-    first = options.processes[0]
-    medians = {count: statistics.median(times) for count, times in seconds.items()}
-    differences = {}
-    for count in options.processes[1:]:
-        pairs = zip(maxima(reports[count]), maxima(reports[first]), strict=True)
-        differences[count] = max(abs(got - expected) / abs(expected) for got, expected in pairs if expected)
-    return {
-        "model": options.model_name_or_path,
-        "examples": options.examples,
-        "layers": len(reports[first].layers),
-        "seconds": seconds,
-        "medians": medians,
-        "times_as_fast": {count: medians[first] / medians[count] for count in options.processes},
-        "seconds_side_by_side": apart,
-        "at_most": {count: count / first * medians[first] / statistics.median(apart[count]) for count in apart},
-        "largest_relative_difference": differences,
-        "settled": {count: report.settled for count, report in reports.items()},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-    }
+        median = {way: statistics.median(times) for way, times in seconds.items()}
+        pairs = zip(maxima(found["together"]), maxima(found["alone"]), strict=True)
+        result = {
+            "model": options.model_name_or_path,
+            "examples": options.examples,
+            "layers": len(found["alone"].layers),
+            "processes": state.num_processes,
+            "seconds": seconds,
+            "medians": median,
+            "times_as_fast": median["alone"] / median["together"],
+            "at_most": state.num_processes * median["alone"] / median["side by side"],
+            "largest_relative_difference": max(abs(got - it) / abs(it) for got, it in pairs if it),
+            "settled": found["alone"].settled,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        }
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1))
+        print(json.dumps(result, indent=1))
+    dist.destroy_process_group()
 
 
 def maxima(report: HessianReport) -> list[float]:

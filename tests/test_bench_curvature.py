@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from started import start
 from tiny import vit
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -26,10 +25,8 @@ pytestmark = pytest.mark.slow
 
 def run(recipe: str, folder: Path, words: str) -> tuple[dict[str, Any], str]:
     """What a recipe writes and prints."""
-    command = [sys.executable, str(RECIPES / recipe), *words.split(), "--output", "bench.json"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "bench.json").read_text()), done.stdout
+    printed = start(RECIPES / recipe, *words.split(), "--output", "bench.json", cwd=folder)
+    return json.loads((folder / "bench.json").read_text()), printed
 
 
 def test_the_benchmark_of_curvature(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from started import start
 from torch.nn import functional
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -288,8 +287,7 @@ def test_it_goes_on_where_it_broke_off(tmp_path: Path) -> None:
 
     def run(*words: str) -> None:
         common = ["--sources", "digits", "--noises", "symmetric-0.4", "--settings", "settings.json"]
-        command = [sys.executable, str(RECIPES / "benchmark.py"), *common, "--output", "runs.jsonl", *words]
-        subprocess.run(command, cwd=tmp_path, check=True, timeout=280)
+        start(RECIPES / "benchmark.py", *common, "--output", "runs.jsonl", *words, cwd=tmp_path)
 
     run("--methods", "linear probe")
     first = (tmp_path / "runs.jsonl").read_text()
@@ -302,7 +300,5 @@ def test_it_goes_on_where_it_broke_off(tmp_path: Path) -> None:
     assert 0.2 < plain["accuracy"][-1] < 1
     assert 0.3 < probe["wrong"] < 0.5
     assert probe["estimated"] == plain["estimated"]
-    command = [sys.executable, str(RECIPES / "benchmark_report.py"), "runs.jsonl"]
-    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120)
-    assert "### digits" in done.stdout
+    assert "### digits" in start(RECIPES / "benchmark_report.py", "runs.jsonl", cwd=tmp_path)
     assert (tmp_path / "runs.png").stat().st_size > 1000

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from started import start
 from tiny import CLASSES, vit
 from torch.nn.functional import cross_entropy
 
@@ -286,17 +285,10 @@ def test_the_table_tells_a_measure_that_orders_from_one_that_does_not(tables: An
 
 @pytest.mark.slow
 def test_the_study_and_its_report(tmp_path: Path) -> None:
-    def command(script: str, *words: str, processes: int = 1) -> str:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        start = [sys.executable, *(launcher if processes > 1 else []), str(RECIPES / script), *words]
-        done = subprocess.run(start, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
     words = ["--sizes", "20", "--epochs", "1", "--measured", "1", "--ways", "plain", "radius", "--seeds"]
-    said = command("bound_study.py", *words, "0")
+    said = start(RECIPES / "bound_study.py", *words, "0", cwd=tmp_path)
     assert said.count("Hessian") == 2
-    said = command("bound_study.py", *words, "0", "1", processes=2)
+    said = start(RECIPES / "bound_study.py", *words, "0", "1", cwd=tmp_path, processes=2)
     assert said.count("Hessian") == 2
     path = tmp_path / "outputs" / "bound_study.jsonl"
     runs = [json.loads(line) for line in path.read_text().splitlines()]
@@ -308,7 +300,7 @@ def test_the_study_and_its_report(tmp_path: Path) -> None:
         assert each["hessian_sound"] >= each["hessian_lanczos"] > 0
     assert by_key["radius", 1]["distance"] < by_key["plain", 1]["distance"]
 
-    said = command("bound_study_report.py", "--draws", "10")
+    said = start(RECIPES / "bound_study_report.py", "--draws", "10", cwd=tmp_path)
     assert said.startswith("4 runs\n")
     assert said.count("\n| ") == (1 + 14) + (1 + 2) + (1 + 1)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

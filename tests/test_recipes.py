@@ -16,6 +16,7 @@ import pytest
 import tiny
 from datasets import ClassLabel, Dataset, Features, Value
 from sklearn.datasets import load_digits
+from started import start
 from transformers import BertTokenizerFast
 
 from hf_robust_ft import TransitionEstimate
@@ -31,13 +32,9 @@ real = pytest.mark.skipif(
 pytestmark = pytest.mark.slow
 
 
-def run(script: str, folder: Path, *words: str, launch: bool = False, fails: bool = False) -> str:
-    """What the recipe prints; with ``fails``, the end of what it complains about."""
-    start = [sys.executable, "-m", "accelerate.commands.launch"] if launch else [sys.executable]
-    command = [*start, str(RECIPES / script), *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
-    return done.stderr[-3000:] if fails else done.stdout
+def run(script: str, folder: Path, *words: str, fails: bool = False) -> str:
+    """What the recipe prints; with ``fails``, what it complains about."""
+    return start(RECIPES / script, *words, cwd=folder, fails=fails)
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -89,18 +86,18 @@ def pairs(label: list[int]) -> Dataset:
 
 
 def test_the_default_compares_plain_and_robust(tmp_path: Path) -> None:
-    text = run(
-        "vit_noisy.py", tmp_path, "--num_train_epochs", "1", "--max_train_samples", "128", "--max_test_samples", "64",
-        "--seeds", "0", "1", launch=True,
-    )  # fmt: skip
+    words = ["--num_train_epochs", "1", "--max_train_samples", "128", "--max_test_samples", "64", "--seeds", "0", "1"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(RECIPES / "vit_noisy.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
     found = results(tmp_path / "outputs" / "vit_noisy")
     assert [(r["method"], r["seed"]) for r in found["runs"]] == [(m, s) for s in (0, 1) for m in ("plain", "robust")]
     for one in found["runs"]:
         assert len(one["accuracy"]) == 1
         assert 0 < one["accuracy"][0] < 1
         assert one["distances"].keys() == one["depths"].keys()
-    assert "| plain | " in text
-    assert re.search(r"\| vit\.\S*layers?\.3 \| 6 \| ", text)
+    assert "| plain | " in done.stdout
+    assert re.search(r"\| vit\.\S*layers?\.3 \| 6 \| ", done.stdout)
     assert (tmp_path / "outputs" / "vit_noisy" / "curves.png").stat().st_size > 10_000
 
 

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from started import LIMIT, start
 
 WORKERS = Path(__file__).parent / "workers"
 # torchrun, as `accelerate launch --cpu --num_processes 2` starts one process only.
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-# In seconds, for one start, on a machine that has other work as well; the modules' own limit allows three.
-LIMIT = 240
 
 
 def run(worker: str, out: Path, processes: int, *names: str) -> None:
     """Start the worker in this many processes; it leaves one JSON file for each name and process."""
-    launch(WORKERS / worker, processes, str(out), str(processes), *names)
+    start(WORKERS / worker, str(out), str(processes), *names, processes=processes)
 
 
 def launch(script: Path, processes: int, *arguments: str, by_torchrun: bool = False) -> None:

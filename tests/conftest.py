@@ -11,11 +11,12 @@ from types import ModuleType
 
 # Nothing here may ask the Hub; set before any test imports a library that reads it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nor may it wait for threads: tiny models lose more to them than they gain, and several processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
-# Tiny models lose more to threads waiting for each other than they gain.
 torch.set_num_threads(1)
 
 

@@ -106,7 +106,7 @@ def test_training_with_everything_on(tmp_path: Path, precision: dict[str, bool])
 
 def test_training_under_fsdp_in_bf16(tmp_path: Path) -> None:
     """The worker asserts that the model was sharded, that the balls hold, and that a resumed run is the same."""
-    launch(WORKERS / "fsdp_gpu.py", 1, str(tmp_path), by_torchrun=True)
+    launch(WORKERS / "fsdp_gpu.py", 1, str(tmp_path))
 
 
 def test_a_model_spread_over_cpu_and_gpu_is_measured() -> None:

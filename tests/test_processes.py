@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+from started import start
 from torchrun import launch, results, run
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(800)]
@@ -166,12 +167,15 @@ def test_the_recipe_goes_the_same_way_on_two_processes(tmp_path: Path) -> None:
     found = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        launch(
-            RECIPES / "vit_noisy.py", processes, "--output_dir", str(folder), "--methods", "robust", "--use_cpu",
-            "--max_steps", "8", "--save_strategy", "steps", "--save_steps", "8",
-            "--logging_strategy", "steps", "--logging_steps", "1", "--dataloader_drop_last",
-            "--per_device_train_batch_size", str(32 // processes),
-        )  # fmt: skip
+        words = [
+            "--output_dir", str(folder), "--methods", "robust", "--use_cpu", "--max_steps", "8",
+            "--save_strategy", "steps", "--save_steps", "8", "--logging_strategy", "steps", "--logging_steps", "1",
+            "--dataloader_drop_last", "--per_device_train_batch_size", str(32 // processes),
+        ]  # fmt: skip
+        if processes == 1:
+            start(RECIPES / "vit_noisy.py", *words)
+        else:
+            launch(RECIPES / "vit_noisy.py", processes, *words)
         checkpoint = folder / "robust-0" / "checkpoint-8"
         # One file of random numbers a process: there were as many as asked for.
         assert len(list(checkpoint.glob("rng_state*.pth"))) == processes

@@ -22,13 +22,12 @@ def run(worker: str, out: Path, processes: int, *names: str) -> None:
     start(WORKERS / worker, str(out), str(processes), *names, processes=processes)
 
 
-def launch(script: Path, processes: int, *arguments: str, by_torchrun: bool = False) -> None:
-    """Run a script in this many processes; by torchrun if there are several, or if it is asked for."""
-    launcher = [*TORCHRUN, str(processes)] if by_torchrun or processes > 1 else []
+def launch(script: Path, processes: int, *arguments: str) -> None:
+    """Run a script in this many processes, by torchrun itself."""
     # Trainers of other tests in this process leave settings for accelerate in the environment.
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("ACCELERATE_", "FSDP_"))}
     with subprocess.Popen(
-        [sys.executable, *launcher, str(script), *arguments],
+        [sys.executable, *TORCHRUN, str(processes), str(script), *arguments],
         env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -217,11 +217,13 @@ def test_nothing_that_is_left_afterwards_reads_where_there_is_no_memory() -> Non
     assert torch.equal(whole, weights()[3])
 
 
-def test_room_is_a_share_of_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("launched", free_memory.LAUNCHED)
+def test_room_is_a_share_of_free_memory(launched: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    for name in free_memory.LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
     alone = paging.room(torch.device("cpu"))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv(launched, "8")
     shared = paging.room(torch.device("cpu"))
     assert 2**20 < shared < alone / 6  # what is free changes from one moment to the next
     assert paging.is_small(torch.empty(2**18 - 1))
@@ -229,16 +231,16 @@ def test_room_is_a_share_of_free_memory(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 OWN_MEMORY = """
-import contextlib, re, sys
+import contextlib, re, runpy, sys
 from pathlib import Path
 import torch
-from hf_robust_ft.curvature.free_memory import memory_given_back
 
 def own():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 large = [torch.ones(2**20)]
 large.clear()  # after which glibc keeps blocks up to this size
+memory_given_back = runpy.run_path(sys.argv[2])["memory_given_back"]  # without all of the package
 with memory_given_back() if sys.argv[1] == "given_back" else contextlib.nullcontext():
     kept, large = [], []
     for _ in range(40):
@@ -254,7 +256,8 @@ with memory_given_back() if sys.argv[1] == "given_back" else contextlib.nullcont
 def test_what_is_freed_is_given_back_at_once() -> None:
     def given_back(how: str) -> int:
         # A process of its own: glibc first uses what earlier tests have left free, and that stays with the process.
-        done = subprocess.run([sys.executable, "-c", OWN_MEMORY, how], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", OWN_MEMORY, how, str(free_memory.__file__)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         return int(done.stdout)
 
     assert given_back("given_back") > 0.9 * 40 * 2**21
@@ -263,7 +266,8 @@ def test_what_is_freed_is_given_back_at_once() -> None:
 
 def test_a_container_has_less_than_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.undo()
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name in free_memory.LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
     for name, text in {"max": "5000000", "current": "1000000", "none": "max"}.items():
         (tmp_path / name).write_text(text)
     names = (str(tmp_path / "none"), str(tmp_path / "current")), (str(tmp_path / "max"), str(tmp_path / "current"))

@@ -11,11 +11,20 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate.utils import get_int_from_env
 
 # Limit and use of a container's memory, of both versions (Linux).
 CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+# How launchers say how many processes share the machine: torchrun and accelerate, MPIs, srun.
+LAUNCHED = (
+    "LOCAL_WORLD_SIZE",
+    "MPI_LOCALNRANKS",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+    "SLURM_NTASKS_PER_NODE",
 )
 # Parameters of glibc's mallopt, and bytes from which on a block is given back when it is freed.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
@@ -32,8 +41,7 @@ def free_memory(device: torch.device) -> int:
     for limit, used in CGROUPS:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             found = min(found, int(Path(limit).read_text()) - int(Path(used).read_text()))
-    # torchrun and accelerate say how many processes share it.
-    return max(found, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(found, 0) // max(get_int_from_env(LAUNCHED, 1), 1)
 
 
 @contextlib.contextmanager

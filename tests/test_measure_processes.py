@@ -198,10 +198,10 @@ def test_candidates_of_parts_are_those_of_the_whole() -> None:
     for found in (of(range(50)), Candidates.merged([of(range(30)), of(range(30, 33)), of(range(33, 50))])):
         assert sorted(c.example for c in found) == sorted(order[:CANDIDATES])
         assert found.largest_other() == bounds.max()
-        for n in order[:CANDIDATES]:
-            best = found.best()
-            assert best is not None
-            assert best.example == n
-            found.looked_at(n)
-        assert found.best() is None
+        for round_ in (order[:1], order[1:2], order[2:4], order[4:CANDIDATES]):
+            assert [c.example for c in found.next(-math.inf)] == round_
+            assert found.next(bounds[round_[0]].item()) == []  # none of them can hold more
+            for n in round_:
+                found.looked_at(n)
+        assert found.next(-math.inf) == []
         assert found.largest_other() == bounds[order[CANDIDATES]]

@@ -67,9 +67,14 @@ class Candidates:
         else:
             self._beyond = max(self._beyond, heapq.heappushpop(self._kept, candidate).bound)
 
-    def best(self) -> Candidate | None:
-        """The most promising one that was not looked at."""
-        return max((c for c in self._kept if not c.done), default=None)
+    def next(self, best: float) -> list[Candidate]:
+        """The most promising that were not looked at and may hold more than the best so far: as many as were looked at.
+
+        Of one example all layers share a graph, and processes wait for each other after each round: with 1, 1, 2 and 4 at a
+        time there are few rounds, and never twice as many candidates as one at a time would have needed.
+        """
+        left = sorted((c for c in self._kept if not c.done and c.bound > best), reverse=True)
+        return left[: max(1, sum(c.done for c in self._kept))]
 
     def looked_at(self, example: int) -> int:
         """Mark one; returns how many are."""

@@ -290,9 +290,9 @@ class _Run:
         return None
 
     def _next(self) -> dict[Pair, Candidate]:
-        """For each layer that isn't settled its most promising candidate."""
-        best = [(i, found.best()) for i, found in enumerate(self._candidates) if not self._is_settled(i)]
-        return {(i, candidate.example): candidate for i, candidate in best if candidate is not None}
+        """The next candidates of each layer; none of one that is settled."""
+        best = [-math.inf if part is None else part.maximum for part in self._positive]
+        return {(i, c.example): c for i, found in enumerate(self._candidates) for c in found.next(best[i])}
 
     def _round(
         self, todo: Sequence[tuple[int, Candidate]], end: float, found: list[tuple[int, int, float, float]]

@@ -64,9 +64,9 @@ def measure_hessian(
     1. for every example ``v_iᵀ H_i v_i`` and the sound bound ``½ (v_iᵀ H_i v_i + ‖P v_i‖ ‖H_i v_i‖) ≥ v_iᵀ H_i⁺ v_i``,
        with P the projection on the span of the inputs that the layer gets from this example, outside of which H_i is
        zero (for a group of weights, P is the identity);
-    2. ``v_iᵀ H_i⁺ v_i`` by Lanczos, for the examples that can still hold the maximum, the largest bounds first, until
-       the largest of the others is below the largest value found (the layer is *settled*), the time is over, or
-       8 examples a layer have been looked at.
+    2. ``v_iᵀ H_i⁺ v_i`` by Lanczos, for the examples that can still hold the maximum, the largest bounds first (1, 1, 2
+       and 4 at a time), until the largest of the others is below the largest value found (the layer is *settled*), the
+       time is over, or 8 examples a layer have been looked at.
 
     Cost on a CPU: about 2.4 forward passes a layer and batch for the first pass (for a group of weights 3 of each
     example alone), and 2 of one example for each step of Lanczos; both are logged before they start. Memory: a chunk of
@@ -85,8 +85,8 @@ def measure_hessian(
         distributed: True: all processes of the launch (``accelerate launch``, ``torchrun``) make this call together,
             with the same arguments, and return the same report. Each measures its share of every batch, so give
             batches of as many examples as all of them take at once; the dataloader is the same for all, whole (not
-            what ``accelerator.prepare`` makes of it). They meet once after the first pass, and once in each round of
-            the second. False: this process measures everything by itself.
+            what ``accelerator.prepare`` makes of it). They meet once after the first pass, and once in each of the
+            at most four rounds of the second. False: this process measures everything by itself.
 
     Returns:
         A report, which Ctrl-C cuts short (``complete`` is False then).

@@ -68,10 +68,10 @@ class Candidates:
             self._beyond = max(self._beyond, heapq.heappushpop(self._kept, candidate).bound)
 
     def next(self, best: float) -> list[Candidate]:
-        """The most promising that were not looked at and may hold more than the best so far: as many as were looked at.
+        """The most promising of those that may hold more than the best so far: as many as were looked at already.
 
-        Of one example all layers share a graph, and processes wait for each other after each round: with 1, 1, 2 and 4 at a
-        time there are few rounds, and never twice as many candidates as one at a time would have needed.
+        All layers share the graph of an example, and processes wait for each other after each round: with 1, 1, 2 and
+        4 at a time there are few rounds, and never twice as many candidates as one at a time would have needed.
         """
         left = sorted((c for c in self._kept if not c.done and c.bound > best), reverse=True)
         return left[: max(1, sum(c.done for c in self._kept))]

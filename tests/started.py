@@ -54,12 +54,13 @@ def start(script: Path, *words: str, cwd: Path | None = None, processes: int = 1
                 process.join()
                 if process.exitcode != 0:
                     end = min(end, time.monotonic() + GRACE)
-        codes = [process.exitcode for process in started]
         for process in pending.values():
             process.kill()
             process.join()
+        codes = [process.exitcode for process in started]
         errors = "\n".join(log.with_suffix(".err").read_text()[-8000:] for log in logs)
-        assert any(codes) == fails, f"exit statuses {codes} after at most {LIMIT} s\n{errors}"
+        assert not pending, f"{len(pending)} of {processes} killed after at most {LIMIT} s\n{errors}"
+        assert any(codes) == fails, f"exit statuses {codes}\n{errors}"
         return errors if fails else "".join(log.with_suffix(".out").read_text() for log in logs)
 
 

@@ -41,7 +41,8 @@ def free_memory(device: torch.device) -> int:
     for limit, used in CGROUPS:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             found = min(found, int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return max(found, 0) // max(get_int_from_env(LAUNCHED, 1), 1)
+    sharing: int = get_int_from_env(LAUNCHED, 1)
+    return max(found, 0) // max(sharing, 1)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Starts scripts in processes of their own, forked from one that has imported torch and the like.
 
-That takes ten seconds and more on a slow machine, and the tests start some fifty.
+Importing takes ten seconds and more on a slow machine, and the tests start some fifty processes.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def means(out: Path) -> dict[str, Any]:
     model, batches, whole = build(), loader(11), {"block": "bert.encoder.layer.1.*"}
     separate = hessian_trace(model, batches, probes=3, distributed=True)
     joint = hessian_trace(model, batches, probes=3, joint=True, distributed=True)
-    pairs = top_eigenpairs(model, batches, count=2, layers=whole, tolerance=1e-5, distributed=True)
+    pairs = top_eigenpairs(model, batches, count=2, layers=whole, tolerance=1e-8, distributed=True)
     density = spectral_density(model, batches, layers=whole, probes=2, steps=5, points=7, distributed=True)
     noise = noise_stability(model, batches, sigma=0.05, draws=2, probes=2, distributed=True)
     return {

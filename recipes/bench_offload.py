@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python recipes/bench_offload.py
 
-A ViT-B with random weights (86M of them) is measured in two processes of their own, which must find the same: whole,
-and offloaded to the disk by Accelerate in a process that is told that the machine has ``--free`` MB left. Half of that
-is room for weights. What a process holds is its anonymous memory (Linux), looked at every 3 ms, less what it holds with
+A ViT-B with random weights (86M of them) is measured in two fresh processes, which must find the same: whole, and
+offloaded to the disk by Accelerate in a process that is told that the machine has ``--free`` MB left. Half of that is
+room for weights. What a process holds is its anonymous memory (Linux), looked at every 3 ms, less what it holds with
 torch loaded and no model; the reference is a mapped file, and does not count.
 """
 
@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import multiprocessing
 import platform
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -38,10 +39,13 @@ HOW = ("whole", "offloaded")
 
 def main() -> None:
     options = parse()
+    if options.one:
+        measure(options.one, options.kind, options.free, options.blocks)
+        return
     rows = []
     print(f"{'':28} {'MB whole':>9} {'offloaded':>10} {'s whole':>8} {'offloaded':>10} {'ratio':>6}")
     for kind in KINDS:
-        pair = {how: in_a_process(how, kind, options.free, options.blocks) for how in HOW}
+        pair = {how: child(how, kind, options) for how in HOW}
         whole, offloaded = (pair[how] for how in HOW)
         torch.testing.assert_close(
             torch.tensor(offloaded.pop("values")), torch.tensor(whole.pop("values")), rtol=1e-3, atol=1e-6
@@ -63,15 +67,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--free", type=int, default=120, help="MB that the offloaded model's process thinks are left")
     parser.add_argument("--blocks", type=int, default=12, help="of the model")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench_offload.json"))
+    parser.add_argument("--one", choices=HOW, help=argparse.SUPPRESS)
+    parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def in_a_process(*what: Any) -> dict[str, Any]:
-    with multiprocessing.get_context("fork").Pool(1) as one:
-        return one.apply(measure, what)
+def child(how: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    sizes = ["--free", str(options.free), "--blocks", str(options.blocks)]
+    command = [sys.executable, __file__, "--one", how, "--kind", kind, *sizes]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
-def measure(how: str, kind: Any, free: int, blocks: int) -> dict[str, Any]:
+def measure(how: str, kind: Any, free: int, blocks: int) -> None:
+    """Prints a line of JSON."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         bare = own_memory()
@@ -88,7 +98,8 @@ def measure(how: str, kind: Any, free: int, blocks: int) -> dict[str, Any]:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is left of making them
         with Watch() as watch:
             forms = layer_quadratic_forms(model, batch, reference, kind=kind, examples_at_once=EXAMPLES)
-    return {"MB": (watch.most - bare) / 1e6, "seconds": watch.seconds, "values": forms.values.tolist()}
+    row = {"MB": (watch.most - bare) / 1e6, "seconds": watch.seconds, "values": forms.values.tolist()}
+    print(json.dumps(row))
 
 
 class Watch:

@@ -240,14 +240,23 @@ def own():
 
 large = [torch.ones(2**20)]
 large.clear()  # after which glibc keeps blocks up to this size
-memory_given_back = runpy.run_path(sys.argv[2])["memory_given_back"]  # without all of the package
-with memory_given_back() if sys.argv[1] == "given_back" else contextlib.nullcontext():
-    kept, large = [], []
+
+def fill():
     for _ in range(40):
         large.append(torch.ones(2**19))
         kept.append(torch.ones(2**16))  # which lies behind it
+
+how, kept = sys.argv[1], []
+module = runpy.run_path(sys.argv[2])  # without all of the package
+if how in ("reused", "trimmed"):
+    fill()
+    large.clear()
+with module["memory_given_back"]() if how != "kept" else contextlib.nullcontext():
+    fill()
     full = own()
     large.clear()
+    if how == "trimmed":
+        module["give_back"]()
     print(full - own())
 """
 
@@ -262,6 +271,8 @@ def test_what_is_freed_is_given_back_at_once() -> None:
 
     assert given_back("given_back") > 0.9 * 40 * 2**21
     assert given_back("kept") < 0.5 * 40 * 2**21  # why it is needed
+    assert given_back("trimmed") > 0.9 * 40 * 2**21
+    assert given_back("reused") < 0.5 * 40 * 2**21  # blocks that were there before
 
 
 def test_a_container_has_less_than_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

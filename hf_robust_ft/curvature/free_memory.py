@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -49,8 +51,7 @@ def free_memory(device: torch.device) -> int:
 def memory_given_back() -> Iterator[None]:
     """Give what is freed on the CPU back to the system at once. By itself glibc keeps blocks of up to 32 MB, and where
     weights come and go among other tensors it soon keeps many times as much as is used."""
-    left_to_us = sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if left_to_us else None
+    mallopt = _of_glibc("mallopt") if "MALLOC_MMAP_THRESHOLD_" not in os.environ else None
     if mallopt is not None:
         mallopt(MMAP_THRESHOLD, LARGE)
     try:
@@ -59,3 +60,15 @@ def memory_given_back() -> Iterator[None]:
         if mallopt is not None:  # where it ends up by itself
             mallopt(MMAP_THRESHOLD, 2**25)
             mallopt(TRIM_THRESHOLD, 2**26)
+
+
+def give_back() -> None:
+    """Give back what is free on the CPU now: blocks from before :func:`memory_given_back` are used again inside it."""
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _of_glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

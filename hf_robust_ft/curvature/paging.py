@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from .free_memory import free_memory
+from .free_memory import free_memory, give_back
 from .offload_folder import OffloadFolder
 
 # Bytes. Smaller tensors, such as biases and norms, are not worth the trouble.
@@ -192,13 +192,16 @@ class Pages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._room[device] = room(device)
         filled = self._filled[device]
         taken = wanted.bytes + sum(page.bytes for page in filled.values())
+        before = taken
         for key, page in list(filled.items()):
             if taken <= self._room[device]:
-                return
+                break
             if not page.written and page not in self._in_use:
                 del filled[key]
                 page.resize(0)
                 taken -= page.bytes
+        if taken < before and device.type == "cpu":
+            give_back()
 
 
 def paged_by(parameters: Iterable[Tensor]) -> Pages | None:

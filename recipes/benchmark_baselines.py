@@ -149,12 +149,8 @@ def linear_head(strength: float) -> Pipeline:
 
 
 def kept_by_cleanlab(features: Features, labels: Labels, seed: int) -> Labels:
-    """Examples that confident learning (Northcutt, Jiang & Chuang 2021) keeps: cleanlab's default filter."""
-    return np.flatnonzero(~find_label_issues(labels, out_of_fold(features, labels, seed), n_jobs=1))
-
-
-def out_of_fold(features: Features, labels: Labels, seed: int) -> Features:
-    """[n, K], ``P(label | features)`` of linear heads that did not see the example."""
+    """Examples that confident learning (Northcutt, Jiang & Chuang 2021) keeps: cleanlab's default filter, out-of-fold
+    probabilities of a linear head on frozen features."""
     folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-    found: Features = cross_val_predict(linear_head(0.01), features, labels, cv=folds, method="predict_proba")
-    return found
+    probabilities = cross_val_predict(linear_head(0.01), features, labels, cv=folds, method="predict_proba")
+    return np.flatnonzero(~find_label_issues(labels, probabilities, n_jobs=1))

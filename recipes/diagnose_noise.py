@@ -4,8 +4,8 @@
 
 runs offline on a CPU: DINOv2-small on 5,000 Fashion-MNIST images, MiniLM on 5,000 definitions. Columns: the noise rate
 with its interval; of the first m suspects (m: the number of wrong labels) the share that is wrong; how many labels are
-flagged, and the share of those that is wrong; the same of cleanlab, with a linear head on these features; the share of
-wrong labels whose true class is suggested; seconds by the clock, and of CPU time.
+flagged, and the share of those that is wrong; the same of cleanlab, by the same head's out-of-fold probabilities; the
+share of wrong labels whose true class is suggested; seconds by the clock, and of CPU time.
 
 "uneven" noise is four times as frequent in the darker images, or the shorter texts, of each class: no T describes it.
 """
@@ -20,12 +20,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from benchmark_baselines import out_of_fold
 from cleanlab.filter import find_label_issues
 from cleanlab.rank import get_label_quality_scores
 from datasets import Dataset, concatenate_datasets, load_dataset
 
-from hf_robust_ft import corrupt_dataset, diagnose, frozen_features, pair_flip_transition, symmetric_transition
+from hf_robust_ft import (
+    corrupt_dataset,
+    crossfit,
+    diagnose,
+    frozen_features,
+    pair_flip_transition,
+    symmetric_transition,
+)
 from hf_robust_ft.raw_examples import find_inputs, load_backbone, model_inputs
 
 TASKS = {"fashion-mnist": "dinov2-small", "wordnet-supersense": "minilm-l6"}
@@ -101,7 +107,7 @@ def measure(model: Path, clean: Dataset, features: npt.NDArray[np.float64], nois
     flagged = found.suspects
     first = np.argsort(found.suspect_rank)[: wrong.sum()]
     # As cleanlab is mostly used: ranked by the probability of the label, flagged by its default filter.
-    probabilities = out_of_fold(features, found.labels, seed)
+    probabilities = crossfit(features, found.labels, seed=seed).probabilities
     worst = np.argsort(get_label_quality_scores(found.labels, probabilities))[: wrong.sum()]
     issues = np.flatnonzero(find_label_issues(found.labels, probabilities, n_jobs=1))
     return {

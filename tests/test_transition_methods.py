@@ -263,6 +263,23 @@ def test_a_class_that_stands_for_two_is_split(monkeypatch: pytest.MonkeyPatch) -
     assert found.objective < caught.objective - 50 / len(noisy)
 
 
+def test_a_start_that_leads_at_first_gives_way_to_one_that_ends_far_higher(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels, _ = mixture(600, num_classes=5, dimensions=10)
+    truth = 0.6 * np.eye(5) + np.roll(0.4 * np.eye(5), 1, axis=1)
+    noisy = draw(truth[labels], seed=0)
+    scores = crossfit(features, noisy, 5).scores
+    trap, other = 0.98 * np.concatenate([truth[:2], truth.T[2:]]) + 0.02 / 5, 0.1 * truth + 0.9 / 5
+    monkeypatch.setattr(joint_likelihood, "ROUNDS", 0)
+    monkeypatch.setattr(joint_likelihood, "TRIAL_ITERATIONS", 3)
+    caught = joint_transition(scores, noisy, [trap])
+    assert row_tv(caught.transition, truth) > 0.15
+    found = joint_transition(scores, noisy, [trap, other])
+    assert row_tv(found.transition, truth) < 0.06
+    monkeypatch.setattr(joint_likelihood, "LEAST_GAIN", np.inf)
+    leading = joint_transition(scores, noisy, [trap, other])
+    assert leading.objective == pytest.approx(caught.objective)
+
+
 def test_the_head_for_a_known_transition_is_the_clean_posterior() -> None:
     x, y, posterior = mixture(20000)
     noisy = corrupt_labels(y, T3, 1)

@@ -17,7 +17,7 @@ from .inputs import Labels
 # Smallest entry of a start: softmax can't reach 0, and L-BFGS would not leave it.
 START_FLOOR = 1e-3
 
-# Iterations that each start gets before the best one goes on alone.
+# Iterations after which the best start, or split, leads.
 TRIAL_ITERATIONS = 60
 MAX_ITERATIONS = 500
 # Replicates start at the optimum of other labels, and need only be as exact as their own spread.
@@ -27,8 +27,8 @@ REFIT_ITERATIONS = 150
 LARGEST, SMALLEST, ROUNDS = 3, 2, 3
 # Only a class with less than this share of the examples that carry the rarest label is given up: a rare class is none.
 NEARLY_EMPTY = 0.5
-# Of the log posterior in all, that a split must gain. Those that led out of a trap gained 34 to 41 at 1,000 examples;
-# those of a few nats made T worse more often than better.
+# Of the log posterior in all, that a split, or the end of another start, must gain. Those that led out of a trap gained
+# 34 to 41 at 1,000 examples; those of a few nats made T worse more often than better.
 LEAST_GAIN = 10.0
 
 
@@ -97,9 +97,12 @@ def joint_transition(scores: Matrix, labels: Labels, starts: Sequence[Matrix], g
         gold: trusted examples.
     """
     blank = [_theta(_blank(scores.shape[1], start)) for start in starts]
-    trials = [_climb(scores, labels, start, TRIAL_ITERATIONS, gold) for start in blank]
-    best = min(range(len(trials)), key=lambda k: trials[k][1])
-    found = _climb(scores, labels, trials[best][0], MAX_ITERATIONS, gold)
+    trials = sorted((_climb(scores, labels, start, TRIAL_ITERATIONS, gold) for start in blank), key=lambda end: end[1])
+    first, *others = (_climb(scores, labels, trial, MAX_ITERATIONS, gold) for trial, _ in trials)
+    # The one that leads at first may be in a trap that the others go around.
+    found = min(others, key=lambda end: end[1], default=first)
+    if found[1] > first[1] - LEAST_GAIN / len(labels):
+        found = first
     fit = _by_splits(_unpack(*found, scores.shape[1], len(starts[0])), scores, labels, gold)
     return _named(fit, scores) if gold is None else fit
 

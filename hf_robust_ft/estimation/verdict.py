@@ -24,7 +24,7 @@ LEVEL = 0.05
 
 # Effect size (Cohen's w) from which a dependence is called one: a linear head is never quite right, and with enough
 # examples every misfit is significant. On both shared data sets, class-conditional noise gave at most 0.093 and a noise
-# rate that differs fourfold between the halves of each class 0.10 to 0.19, at 5,000 examples.
+# rate that differs fourfold between the halves of each class along a leading component 0.10 to 0.19, at 5,000 examples.
 NOTABLE_EFFECT = 0.1
 
 

@@ -23,6 +23,8 @@ import numpy.typing as npt
 from cleanlab.filter import find_label_issues
 from cleanlab.rank import get_label_quality_scores
 from datasets import Dataset, concatenate_datasets, load_dataset
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_robust_ft import (
     corrupt_dataset,
@@ -32,7 +34,6 @@ from hf_robust_ft import (
     pair_flip_transition,
     symmetric_transition,
 )
-from hf_robust_ft.raw_examples import find_inputs, load_backbone, model_inputs
 
 TASKS = {"fashion-mnist": "dinov2-small", "wordnet-supersense": "minilm-l6"}
 NOISES = ("none", "symmetric-0.1", "symmetric-0.2", "symmetric-0.4", "pair_flip-0.4", "uneven-0.2", "uneven-0.4")
@@ -70,9 +71,19 @@ def main() -> None:
 
 def features_of(model: Path, data: Dataset) -> npt.NDArray[np.float64]:
     """[n, d], those that a diagnosis looks at."""
-    kind, columns = find_inputs(data, "label", None, None)
-    loaded, processor = load_backbone(model, kind, data.features["label"].num_classes)
-    batches = model_inputs(data, kind, columns, processor, None, range(len(data)))
+    rows = (data[i : i + 32] for i in range(0, len(data), 32))
+    if "image" in data.column_names:
+        loaded, processor = (
+            AutoModelForImageClassification.from_pretrained(model),
+            AutoImageProcessor.from_pretrained(model),
+        )
+        batches = (processor([x.convert("RGB") for x in few["image"]], return_tensors="pt") for few in rows)
+    else:
+        loaded, processor = (
+            AutoModelForSequenceClassification.from_pretrained(model),
+            AutoTokenizer.from_pretrained(model),
+        )
+        batches = (processor(few["text"], padding=True, return_tensors="pt") for few in rows)
     return frozen_features(loaded, batches).double().numpy()
 
 
@@ -83,7 +94,7 @@ def corrupt(clean: Dataset, noise: str, seed: int) -> Dataset:
     if kind != "uneven":
         make = pair_flip_transition if kind == "pair_flip" else symmetric_transition
         return corrupt_dataset(clean, make(num_classes, float(rate or 0)), seed)
-    _, (column,) = find_inputs(clean, "label", None, None)
+    (column,) = set(clean.column_names) - {"label"}
     size = np.array([len(x) if isinstance(x, str) else np.asarray(x).mean() for x in clean[column]])
     labels = np.array(clean["label"])
     middle = np.array([np.median(size[labels == k]) for k in range(num_classes)])

@@ -37,7 +37,7 @@ def start(script: Path, *words: str, cwd: Path | None = None, processes: int = 1
     """
     codes, printed, errors = _run(script, words, cwd or Path.cwd(), processes)
     if CRASHES.intersection(codes):
-        # Nothing in Python does that: gloo's threads freed memory twice, once in some hundred launches.
+        # Nothing in Python does that. Seen once: gloo's process freed memory twice, and no other launch did it again.
         warnings.warn(f"{script.name}: exit statuses {codes}, so once more\n{errors}", stacklevel=2)
         codes, printed, errors = _run(script, words, cwd or Path.cwd(), processes)
     assert KILLED not in codes, f"exit statuses {codes}\n{errors}"

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+# Only a process with one thread may be forked, and pyarrow's usual allocator has one of its own.
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch.distributed", "transformers.trainer", "hf_robust_ft"])
 # In seconds, on a machine that has other work as well.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,12 @@ def test_a_crash_is_tried_once_more(tmp_path: Path, processes: int) -> None:
     with pytest.warns(UserWarning, match=r"(?s)script\.py: exit statuses .*Fatal Python error: Aborted"):
         assert "well" in start(path, cwd=tmp_path, processes=processes)
     assert starts(tmp_path) == 2 * processes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_forked_has_one_thread(tmp_path: Path) -> None:
+    path = script(tmp_path, "print(len(os.listdir(f'/proc/{os.getppid()}/task')))")
+    assert start(path, cwd=tmp_path) == "1\n"
 
 
 def test_a_crash_that_comes_again_tells(tmp_path: Path) -> None:

@@ -261,8 +261,8 @@ def basis(count: int) -> int:
     """How many vectors ARPACK keeps for some eigenvalues.
 
     Its default for symmetric matrices is at least 20, which takes a third more memory. Where the largest eigenvalues
-    stand out, as they do of networks near a minimum, fewer vectors take no more products; where they lie dense, up to
-    1.7 times as many, and 10 vectors up to ten times.
+    stand out, as they do of networks near a minimum, fewer vectors take no more products; where they lie dense they do,
+    10 clearly more than 14 (recipes/RESULTS.md).
     """
     return max(2 * count + 1, 14)
 

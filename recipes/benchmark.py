@@ -33,7 +33,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from benchmark_data import NOISES, RULES, SOURCES, Source, draw
+from benchmark_data import INSTANCE, NOISES, RULES, SOURCES, Source, draw
 from benchmark_methods import METHODS, Setting, run
 from benchmark_tuning import outward, scores_of
 from resumable import Line, append_line, own_share, read_lines
@@ -61,7 +61,7 @@ def main() -> int:
         for seed in options.seeds
         for name in options.sources
         for noise in options.noises or SOURCES[name].noises
-        if noise in SOURCES[name].noises
+        if noise in (*SOURCES[name].noises, *INSTANCE)
         for method in options.methods
         for setting in settings_of(method, name, options)
     ]
@@ -104,7 +104,12 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
-    parser.add_argument("--noises", nargs="+", choices=(*NOISES, RULES), help="default: all of each source")
+    parser.add_argument(
+        "--noises",
+        nargs="+",
+        choices=(*NOISES, RULES, *INSTANCE),
+        help="default: all of each source but those that depend on the example",
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[100], help="below 100: development")
     parser.add_argument("--tune", action="store_true", help="run every setting of each method")

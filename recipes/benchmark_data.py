@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from datasets import Dataset
+from instance_noise import along_leading_component, corrupt_unevenly, sizes
 from noisy_runs import train_and_test, transition_of
 from supersense_rules import vote
 from text_noisy import MINILM, SUPERSENSES, supersenses
@@ -30,7 +32,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from vit_noisy import HERE, digits
 
-from hf_robust_ft import corrupt_labels, majority_vote
+from hf_robust_ft import corrupt_labels, frozen_features, majority_vote
 
 Labels = npt.NDArray[np.int64]
 FIRST_REPORT_SEED = 100
@@ -38,6 +40,7 @@ TRAIN, VALIDATION, DEVELOPMENT_VALIDATION = 1000, 500, 1000
 DINOV2 = MINILM.parent / "dinov2-small"
 NOISES = ("none", "symmetric-0.2", "symmetric-0.4", "symmetric-0.6", "pair_flip-0.2", "pair_flip-0.4")
 RULES = "rules"
+INSTANCE = ("size-0.4", "component-0.4")  # no T describes these; of no table but their own
 UNSEEN = ("none", "symmetric-0.4", "pair_flip-0.4")  # of the data that was never looked at before the report
 
 
@@ -87,6 +90,12 @@ class Source:
         if self.kind == "text":
             model.get_input_embeddings().requires_grad_(False)
         return model
+
+    def features(self, model: Any, inputs: list[dict[str, Any]]) -> npt.NDArray[np.float64]:
+        """[n, d] of the frozen backbone of a model that :meth:`make_model` made."""
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        batches = (self.collate(inputs[i : i + 256]) for i in range(0, len(inputs), 256))
+        return frozen_features(model, batches).double().numpy()
 
     @functools.cached_property
     def _inputs(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -146,30 +155,33 @@ def draw(source: Source, noise: str, seed: int) -> dict[str, Part]:
 
     ``"rules"`` are the votes of keyword rules, which leave a third of the examples without a label: these are left out.
     """
-    classes = len(source.names)
     found = {}
     for number, (name, (file, rows)) in enumerate(source.parts(seed).items()):
-        raw = source._loaded[file].select(rows)
+        raw, inputs = source._loaded[file].select(rows), [source._inputs[file][row] for row in rows]
         clean = np.asarray(raw["label"][:], dtype=np.int64)
-        labels = clean if name == "test" else noisy_labels(raw, clean, noise, classes, source.names, 3 * seed + number)
+        labels = clean if name == "test" else noisy_labels(source, raw, inputs, noise, 3 * seed + number)
         kept = np.flatnonzero(labels >= 0)
-        inputs = [
-            {**source._inputs[file][row], "labels": int(label), "index": i}
-            for i, (row, label) in enumerate(zip(rows[kept], labels[kept], strict=True))
-        ]
+        examples = [{**inputs[row], "labels": int(labels[row]), "index": i} for i, row in enumerate(kept)]
         raw = raw.select(kept).remove_columns("label")
         raw = raw.add_column("label", labels[kept], feature=source._loaded[0].features["label"])
-        found[name] = Part(inputs, raw, labels[kept], clean[kept])
+        found[name] = Part(examples, raw, labels[kept], clean[kept])
     return found
 
 
-def noisy_labels(raw: Dataset, clean: Labels, noise: str, classes: int, names: list[str], seed: int) -> Labels:
+def noisy_labels(source: Source, raw: Dataset, inputs: list[dict[str, Any]], noise: str, seed: int) -> Labels:
     """The labels after this noise; -1 where rules abstain."""
+    clean, classes = np.asarray(raw["label"][:], dtype=np.int64), len(source.names)
     if noise == "none":
         return clean
     if noise == RULES:
-        return majority_vote(vote(raw["text"][:], names), classes, seed=seed)
+        return majority_vote(vote(raw["text"][:], source.names), classes, seed=seed)
     shape, rate = noise.split("-")
+    if noise in INSTANCE:
+        if shape == "size":
+            values = sizes(raw[source.kind][:])
+        else:
+            values = along_leading_component(source.features(source.make_model(), inputs), clean)
+        return corrupt_unevenly(clean, values, float(rate), classes, seed)
     return corrupt_labels(clean, transition_of(shape, float(rate), classes), seed)
 
 

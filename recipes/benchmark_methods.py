@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from benchmark_baselines import (
     BaselineTrainer,
     ELRTrainer,
@@ -26,7 +25,7 @@ from benchmark_baselines import (
 from benchmark_data import Part, Source
 from transformers import EvalPrediction, set_seed
 
-from hf_robust_ft import Diagnosis, RobustTrainingArguments, frozen_features, invert_transition
+from hf_robust_ft import Diagnosis, RobustTrainingArguments, invert_transition
 
 Setting = dict[str, float]
 RATES: tuple[Setting, ...] = tuple({"learning_rate": factor} for factor in (0.1, 0.3, 1.0, 3.0))
@@ -162,7 +161,7 @@ def train(
     model = source.make_model()
     examples = parts["train"].inputs
     if name == "cleanlab pruning":
-        kept = kept_by_cleanlab(features(model, parts["train"], source), parts["train"].labels, seed)
+        kept = kept_by_cleanlab(source.features(model, parts["train"].inputs), parts["train"].labels, seed)
         examples = [{**examples[i], "index": n} for n, i in enumerate(kept)]
     with tempfile.TemporaryDirectory() as folder:
         trainer = method.trainer(
@@ -201,18 +200,11 @@ def train(
     return rows
 
 
-def features(model: Any, part: Part, source: Source) -> Any:
-    """[n, d] of the frozen backbone."""
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    batches = (source.collate(part.inputs[i : i + 256]) for i in range(0, len(part.inputs), 256))
-    return frozen_features(model, batches).double().numpy()
-
-
 def probe(
     strength: float, source: Source, parts: Mapping[str, Part], measure: Accuracies
 ) -> dict[str, dict[str, float]]:
     """A linear head on frozen features."""
     model = source.make_model()
-    found = {name: features(model, part, source) for name, part in parts.items()}
+    found = {name: source.features(model, part.inputs) for name, part in parts.items()}
     head = linear_head(strength).fit(found["train"], parts["train"].labels)
     return {name: measure.of(head.predict(found[name]), parts[name].labels) for name in ("test", "validation")}

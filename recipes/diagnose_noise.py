@@ -7,7 +7,7 @@ with its interval; of the first m suspects (m: the number of wrong labels) the s
 flagged, and the share of those that is wrong; the same of cleanlab, by the same head's out-of-fold probabilities; the
 share of wrong labels whose true class is suggested; seconds by the clock, and of CPU time.
 
-"uneven" noise is four times as frequent in the darker images, or the shorter texts, of each class: no T describes it.
+"size" noise is four times as frequent in the darker images, or the shorter texts, of each class: no T describes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from cleanlab.filter import find_label_issues
 from cleanlab.rank import get_label_quality_scores
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, load_dataset
+from instance_noise import corrupt_unevenly, sizes
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -36,7 +37,7 @@ from hf_robust_ft import (
 )
 
 TASKS = {"fashion-mnist": "dinov2-small", "wordnet-supersense": "minilm-l6"}
-NOISES = ("none", "symmetric-0.1", "symmetric-0.2", "symmetric-0.4", "pair_flip-0.4", "uneven-0.2", "uneven-0.4")
+NOISES = ("none", "symmetric-0.1", "symmetric-0.2", "symmetric-0.4", "pair_flip-0.4", "size-0.2", "size-0.4")
 
 
 def main() -> None:
@@ -91,20 +92,14 @@ def corrupt(clean: Dataset, noise: str, seed: int) -> Dataset:
     """Noisy labels; the clean ones go to ``clean_label``."""
     num_classes = clean.features["label"].num_classes
     kind, _, rate = noise.partition("-")
-    if kind != "uneven":
+    if kind != "size":
         make = pair_flip_transition if kind == "pair_flip" else symmetric_transition
         return corrupt_dataset(clean, make(num_classes, float(rate or 0)), seed)
     (column,) = set(clean.column_names) - {"label"}
-    size = np.array([len(x) if isinstance(x, str) else np.asarray(x).mean() for x in clean[column]])
     labels = np.array(clean["label"])
-    middle = np.array([np.median(size[labels == k]) for k in range(num_classes)])
-    more, less = np.flatnonzero(size <= middle[labels]), np.flatnonzero(size > middle[labels])
-    parts = [
-        corrupt_dataset(clean.select(rows), symmetric_transition(num_classes, times * float(rate)), seed)
-        for rows, times in ((more, 1.6), (less, 0.4))
-    ]
-    whole = concatenate_datasets(parts)
-    return whole.select(np.argsort(np.concatenate([more, less])))
+    noisy = corrupt_unevenly(labels, sizes(clean[column][:]), float(rate), num_classes, seed)
+    kept = clean.rename_column("label", "clean_label")
+    return kept.add_column("label", noisy, feature=clean.features["label"])
 
 
 def measure(model: Path, clean: Dataset, features: npt.NDArray[np.float64], noise: str, seed: int) -> dict[str, Any]:

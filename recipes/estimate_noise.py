@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from instance_noise import along_leading_component
 from PIL import Image
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -40,7 +41,7 @@ from hf_robust_ft import (
 
 TASKS = {"fashion-mnist": ("dinov2-small", "image"), "wordnet-supersense": ("minilm-l6", "text")}
 MIXTURE = "mixture"
-NOISES = ("none", "symmetric-0.2", "symmetric-0.4", "pair_flip-0.4", "uneven-0.4", "instance-0.2", "instance-0.4")
+NOISES = ("none", "symmetric-0.2", "symmetric-0.4", "pair_flip-0.4", "uneven-0.4", "component-0.2", "component-0.4")
 METHODS = ("joint", "joint+trusted", "confident_joint", "dual_t", "trusted")
 
 
@@ -90,7 +91,7 @@ def measure(
     kind, _, rate = noise.partition("-")
     make = {"pair_flip": pair_flip_transition, "uneven": uneven_transition}.get(kind, symmetric_transition)
     truth = make(num_classes, float(rate or 0))
-    noisy = instance_dependent(x, y, float(rate), seed) if kind == "instance" else corrupt_labels(y, truth, seed)
+    noisy = by_component(x, y, float(rate), seed) if kind == "component" else corrupt_labels(y, truth, seed)
     trusted = None
     if "trusted" in method:
         few = np.random.default_rng(seed).permutation(len(clean[1]))[: args.trusted]
@@ -135,12 +136,11 @@ def uneven_transition(num_classes: int, rate: float) -> np.ndarray:
     return truth + np.diag(1 - rates)
 
 
-def instance_dependent(features: np.ndarray, labels: np.ndarray, rate: float, seed: int) -> np.ndarray:
+def by_component(features: np.ndarray, labels: np.ndarray, rate: float, seed: int) -> np.ndarray:
     """Symmetric noise, four times as likely above the median of a class's first principal component as below."""
     rng = np.random.default_rng(seed)
     classes = int(labels.max()) + 1
-    within = features - np.stack([features[labels == c].mean(axis=0) for c in range(classes)])[labels]
-    along = within @ np.linalg.svd(within, full_matrices=False)[2][0]
+    along = along_leading_component(features, labels)
     medians = np.array([np.median(along[labels == c]) for c in range(classes)])
     flipped = rng.random(len(labels)) < np.where(along > medians[labels], 1.6, 0.4) * rate
     return np.where(flipped, (labels + rng.integers(1, classes, len(labels))) % classes, labels)

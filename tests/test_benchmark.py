@@ -67,6 +67,26 @@ def test_training_and_validation_labels_are_noisy_and_test_labels_clean(data: Mo
     assert (again["train"].labels == parts["train"].labels).all()
 
 
+@pytest.mark.parametrize("noise", ["size-0.4", "component-0.4"])
+def test_noise_of_half_of_each_class_is_that_of_its_examples(data: ModuleType, noise: str) -> None:
+    digits = data.SOURCES["digits"]
+    parts = data.draw(digits, noise, 100)
+    train = parts["train"]
+    if noise == "size-0.4":
+        values = np.array([np.asarray(image).mean() for image in train.raw["image"][:]])
+    else:
+        features = digits.features(digits.make_model(), train.inputs)
+        within = features - np.stack([features[train.clean == k].mean(axis=0) for k in range(10)])[train.clean]
+        _, vectors = np.linalg.eigh(within.T @ within)
+        values = within @ vectors[:, -1]
+    upper = values > np.array([np.median(values[train.clean == k]) for k in range(10)])[train.clean]
+    wrong = train.labels != train.clean
+    rates = sorted([wrong[upper].mean(), wrong[~upper].mean()])  # of which half: a component has no sign
+    assert np.allclose(rates, [0.16, 0.64], atol=0.06)
+    assert abs((parts["validation"].labels != parts["validation"].clean).mean() - 0.4) < 0.1
+    assert (parts["test"].labels == parts["test"].clean).all()
+
+
 def test_every_method_is_tried_four_times(recipes: dict[str, ModuleType]) -> None:
     for method in recipes["methods"].METHODS.values():
         assert len(method.settings) == 4

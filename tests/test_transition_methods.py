@@ -18,13 +18,7 @@ from hf_robust_ft import (
     trusted_transition,
 )
 from hf_robust_ft.estimation import joint_likelihood
-from hf_robust_ft.estimation.class_conditional import (
-    dependence_statistic,
-    effect_size,
-    leading_components,
-    regions,
-    simulated_p_value,
-)
+from hf_robust_ft.estimation.class_conditional import PENALTY, dependence, excess_wrongness, simulated_p_value
 from hf_robust_ft.estimation.crossfit import given_probabilities, stratified_folds
 from hf_robust_ft.estimation.joint_likelihood import Gold, head_for, joint_transition, negative_log_posterior
 from hf_robust_ft.estimation.ridge import RIDGE_GRID, best_penalty, decompose, leave_one_out
@@ -347,34 +341,38 @@ def test_no_entry_shrinks_further_than_its_error_explains() -> None:
     assert np.abs(shrink(truth, np.full((10, 10), 10.0)) - truth)[2, 7] > 0.3
 
 
-def test_regions_halve_every_class_along_its_leading_component() -> None:
+def test_the_excess_is_zero_on_average_over_the_labels_of_an_example() -> None:
     rng = np.random.default_rng(0)
-    predicted = np.repeat([0, 1], 50)
-    x = rng.standard_normal((100, 5)) * [10, 3, 1, 0.1, 0.1] + 100 * predicted[:, None]
-    for features in (x, np.c_[x, np.zeros((100, 200))]):
-        sides = regions(leading_components(features, predicted), predicted)
-        assert sides.shape == (100, 3)
-        assert (sides[:50].sum(0) == 25).all()
-        leading = x[:50, 0] > np.median(x[:50, 0])
-        assert abs((sides[:50, -1] == leading).mean() - 0.5) > 0.4
+    p = rng.dirichlet(np.ones(3), 40)
+    every = [excess_wrongness(p, T3, np.full(40, label)) for label in range(3)]
+    np.testing.assert_allclose(sum((p @ T3)[:, label] * every[label] for label in range(3)), 0, atol=1e-12)
+    # Bayes' rule by the joint distribution of true and noisy label.
+    joint = p[7][:, None] * T3
+    wrong = 1 - joint[2, 2] / joint[:, 2].sum()
+    assert every[2][7] == pytest.approx(wrong - (joint.sum() - np.trace(joint)))
 
 
-def test_the_statistic_is_pearsons() -> None:
+@pytest.mark.parametrize(("n", "dimensions"), [(50, 6), (30, 45)])
+def test_dependence_is_the_correlation_with_what_the_other_examples_foretell(n: int, dimensions: int) -> None:
     rng = np.random.default_rng(0)
-    p, predicted = rng.dirichlet(5 * np.ones(3), 300), rng.integers(0, 3, 300)
-    labels, sides = draw(p, 1), rng.integers(0, 2, (300, 2))
-    expected = 0.0
-    for c in range(2):
-        for k in range(3):
-            for s in range(2):
-                cell = (predicted == k) & (sides[:, c] == s)
-                e = p[cell].sum(0)
-                expected += (((np.bincount(labels[cell], minlength=3) - e) ** 2) / e).sum()
-    assert dependence_statistic(p, labels, predicted, sides) == pytest.approx(expected)
+    x = rng.standard_normal((n, dimensions))
+    x -= x.mean(0)
+    excess = x[:, 0] + rng.standard_normal(n)
+    foretold = []
+    for i in range(n):
+        others = np.arange(n) != i
+        design = np.c_[x[others], np.ones(n - 1)]
+        penalty = PENALTY * n * np.diag([1.0] * dimensions + [0.0])
+        weights = np.linalg.solve(design.T @ design + penalty, design.T @ excess[others])
+        foretold.append(x[i] @ weights[:-1] + weights[-1] - excess[others].mean())
+    assert dependence(decompose(x), excess) == pytest.approx(np.corrcoef(foretold, excess)[0, 1])
 
 
-def test_p_value_and_effect_size() -> None:
+def test_features_that_are_all_alike_foretell_nothing() -> None:
+    assert dependence(decompose(np.zeros((9, 4))), np.arange(9.0)) == 0
+    assert dependence(decompose(np.eye(9)), np.zeros(9)) == 0
+
+
+def test_the_p_value_counts_what_is_as_large() -> None:
     assert simulated_p_value(3.0, np.array([1.0, 2.0, 3.0, 4.0])) == pytest.approx(3 / 5)
     assert simulated_p_value(9.0, np.zeros(19)) == pytest.approx(1 / 20)
-    assert effect_size(30.0, np.array([9.0, 11.0]), 100, 2) == pytest.approx(np.sqrt(20 / 200))
-    assert effect_size(5.0, np.array([9.0, 11.0]), 100, 2) == 0

@@ -1,93 +1,49 @@
-"""Does the noise depend on the example, beyond its class? A χ² statistic for a simulated null."""
+"""Does the noise depend on the example, beyond its class? A statistic for a simulated null."""
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from ..noise import Matrix
 from .inputs import Labels
+from .ridge import Spectrum, left_out_scores
 
-# Cells expected to hold fewer labels than this are pooled: χ² terms with tiny expectations are all variance.
-MIN_EXPECTED = 5.0
-
-# Principal components looked at. Instance-dependence along a direction of little variance is not seen.
-COMPONENTS = 3
+# Of the ridge, in the units of RIDGE_GRID. From 1 to 10 the statistic hardly changes.
+PENALTY = 3.0
 
 
-def leading_components(features: Matrix, predicted: Labels) -> Matrix:
-    """Features along the leading principal components within classes, [n, COMPONENTS].
+def excess_wrongness(clean_probabilities: Matrix, transition: Matrix, labels: Labels) -> Matrix:
+    """How much likelier each label is to be wrong than a label of such an example, [n].
 
-    They are of the features less their predicted class's mean: so that regions along them are not the classes again.
-
-    Args:
-        features: [n, d].
-        predicted: [n], the likeliest true class.
-    """
-    within = features - features.mean(axis=0)
-    for c in np.unique(predicted):
-        within[predicted == c] -= within[predicted == c].mean(axis=0)
-    count = min(COMPONENTS, features.shape[1])
-    # Leading eigenvectors of the smaller Gram matrix.
-    if features.shape[1] <= len(features):
-        _, vectors = np.linalg.eigh(within.T @ within)
-        projected: Matrix = within @ vectors[:, -count:]
-    else:
-        values, vectors = np.linalg.eigh(within @ within.T)
-        projected = vectors[:, -count:] * np.sqrt(np.maximum(values[-count:], 0))
-    return projected
-
-
-def regions(components: Matrix, predicted: Labels) -> npt.NDArray[np.int64]:
-    """Halve the examples of each predicted class at the median of each component.
-
-    Returns:
-        [n, COMPONENTS] of 0 or 1: on which side an example lies.
-    """
-    side = np.zeros(components.shape, dtype=np.int64)
-    for c in np.unique(predicted):
-        members = predicted == c
-        side[members] = components[members] > np.median(components[members], axis=0)
-    return side
-
-
-def dependence_statistic(
-    noisy_probabilities: Matrix, labels: Labels, predicted: Labels, sides: npt.NDArray[np.int64]
-) -> float:
-    """χ² of observed against expected labels in cells of (predicted class, side of a component).
-
-    ``Σ (O - E)² / E`` with ``E = Σ_{n in cell} (p_n T)_j``. Cells that expect fewer than 5 labels are pooled, for each
-    component.
+    ``P(y ≠ ỹ_n | x_n, ỹ_n) - P(y ≠ ỹ | x_n)``, both by p and T: ``1 - p_ỹ T[ỹ, ỹ] / (p T)_ỹ`` less ``1 - Σ_i p_i
+    T[i, i]``. If noise depends on the class alone, its mean given x is zero, whatever x.
 
     Args:
-        noisy_probabilities: [n, K], ``p_n T``.
-        labels: [n], noisy.
-        predicted: [n], the likeliest true class.
-        sides: [n, C], of :func:`regions`.
+        clean_probabilities: p, ``P(y = i | x)``, [n, K].
+        transition: T, [K, K].
+        labels: ỹ, [n], noisy.
     """
-    num_classes = noisy_probabilities.shape[1]
-    excess = -noisy_probabilities
-    excess[np.arange(len(labels)), labels] += 1
-    total = 0.0
-    for component in sides.T:
-        cell = 2 * predicted + component
-        indicator = np.zeros((len(cell), 2 * num_classes))
-        indicator[np.arange(len(cell)), cell] = 1
-        expected, difference = indicator.T @ noisy_probabilities, indicator.T @ excess
-        enough = expected >= MIN_EXPECTED
-        total += float((difference[enough] ** 2 / expected[enough]).sum())
-        pooled = float(expected[~enough].sum())
-        if pooled > 0:
-            total += float(difference[~enough].sum()) ** 2 / pooled
-    return total
+    rows, right = np.arange(len(labels)), np.diag(transition)
+    likelihood = (clean_probabilities @ transition)[rows, labels]
+    is_right = clean_probabilities[rows, labels] * right[labels] / likelihood
+    excess: Matrix = clean_probabilities @ right - is_right
+    return excess
 
 
-def effect_size(observed: float, simulated: Matrix, examples: int, components: int) -> float:
-    """Cohen's w: ``√((χ² - E₀ χ²)⁺ / n)`` of one component, with the mean under the null simulated.
+def dependence(spectrum: Spectrum, excess: Matrix) -> float:
+    """How well features foretell which labels are wrong, beyond p and T: a correlation.
 
-    It does not grow with n, as -log p does: it tells a dependence that matters from a head that fits nearly.
+    Of the excess of each example with what a ridge regression on the features of all *other* examples predicts. Under
+    class-conditional noise it is about zero, or a little below, as the mean of the others falls where one's own rises.
+
+    Args:
+        spectrum: of the features, [n, d].
+        excess: [n], of :func:`excess_wrongness`.
     """
-    return float(np.sqrt(max(0.0, observed - float(simulated.mean())) / (examples * components)))
+    predicted = left_out_scores(spectrum, excess[:, None], PENALTY)[:, 0]
+    if predicted.std() <= 1e-9 * excess.std():  # features that say nothing, up to rounding
+        return 0.0
+    return float(np.corrcoef(predicted, excess)[0, 1])
 
 
 def simulated_p_value(observed: float, simulated: Matrix) -> float:

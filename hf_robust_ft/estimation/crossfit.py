@@ -26,7 +26,7 @@ from scipy.special import log_softmax, softmax
 
 from ..noise import Matrix
 from .inputs import Labels, check_class_labels, check_features, check_probabilities
-from .ridge import best_penalty, decompose, head, left_out_scores, standardised
+from .ridge import Spectrum, best_penalty, decompose, head, left_out_scores, standardised
 
 # Weights of the second stage have a standard normal prior, for scores of unit mean square: a score one unit off moves
 # a logit by about one. It is weak (worth a few examples), but keeps separable classes from infinite weights.
@@ -55,6 +55,8 @@ class CrossFit(NamedTuple):
     """[m, K]: ``P(ỹ = j | x)`` of the new features."""
     rescore: Callable[[Labels], tuple[Matrix, Matrix]]
     """Scores and new scores as they would have been with other labels of the same examples, for a bootstrap."""
+    spectrum: Spectrum
+    """Of the standardised features, or of the centred log probabilities that were given."""
 
 
 def crossfit(
@@ -97,7 +99,7 @@ def crossfit(
         unit = np.sqrt((raw**2).mean()) or 1.0
         return raw / unit, others @ head(spectrum, targets, ridge) / unit
 
-    return _calibrated(rescore, y, num_classes, fold, ridge)
+    return _calibrated(rescore, y, num_classes, fold, ridge, spectrum)
 
 
 def given_probabilities(
@@ -136,7 +138,8 @@ def given_probabilities(
     mean = scores.mean(axis=0)
     unit = np.sqrt(((scores - mean) ** 2).mean()) or 1.0
     fixed = ((scores - mean) / unit, (new_scores - mean) / unit)
-    return _calibrated(lambda drawn: fixed, y, num_classes, stratified_folds(y, folds, seed), float("nan"))
+    fold = stratified_folds(y, folds, seed)
+    return _calibrated(lambda drawn: fixed, y, num_classes, fold, float("nan"), decompose(fixed[0]))
 
 
 def _centred_logits(probabilities: Matrix) -> Matrix:
@@ -158,12 +161,13 @@ def _calibrated(
     num_classes: int,
     fold: npt.NDArray[np.int64],
     ridge: float,
+    spectrum: Spectrum,
 ) -> CrossFit:
     scores, new_scores = rescore(labels)
     probabilities = out_of_fold(scores, labels, fold, num_classes)
     weights, intercepts = softmax_regression(scores, labels, num_classes)
     new_probabilities = softmax(new_scores @ weights + intercepts, axis=1)
-    return CrossFit(scores, probabilities, fold, ridge, new_scores, new_probabilities, rescore)
+    return CrossFit(scores, probabilities, fold, ridge, new_scores, new_probabilities, rescore, spectrum)
 
 
 def out_of_fold(scores: Matrix, labels: Labels, fold: npt.NDArray[np.int64], num_classes: int) -> Matrix:

@@ -54,7 +54,8 @@ class TransitionEstimate:
     class_conditional_p_value: Share
     """Small: noise depends on the example, not on its class alone, or a linear head does not fit exactly."""
     class_conditional_effect: Size
-    """Cohen's w of the same test. On clean and on class-conditional real labels it stays below 0.1."""
+    """How well features foretell which labels are wrong beyond what their class says: a correlation, 0 where it is
+    negative. recipes/RESULTS.md has what it comes to on real data."""
     method: str
     n: Annotated[int, Within(1)]
     bootstrap: Count

@@ -46,8 +46,8 @@ FILES = ("diagnosis.json", FILE, "suspects.csv", "T.png")
 # With fewer, a row of T at 40 % noise has a standard error above √(0.4 · 0.6 / 10) = 0.15: no diagnosis.
 LEAST_EXAMPLES_A_CLASS = 10
 
-# With fewer, the effect size of noise that depends on the class alone is often above what counts as notable (measured:
-# up to 0.21 at 30 a class, on clean labels too; at most 0.08 at 100).
+# With fewer, the correlation of noise that depends on the class alone is often above what counts as notable, by chance
+# (its standard deviation is about 1 / √n: 0.06 at 30 a class of ten).
 TESTED_EXAMPLES_A_CLASS = 100
 
 # Lines of the report.

@@ -42,19 +42,23 @@ def recommend(estimate: TransitionEstimate, depends_on_example: bool, radius: An
             f"Perhaps noise (between {low:.0%} and {high:.0%}), too few examples to correct for it: a ball around each "
             "layer needs no matrix.",
         )
-    if depends_on_example or not estimate.informative:
-        # Posteriors assume noise of a known matrix that depends on the class alone; neither of these two does.
-        why = "depends on more than the class" if depends_on_example else "leaves the labels hardly better than chance"
+    if not estimate.informative:
+        # Posteriors of labels that say next to nothing are next to the prior.
         return Recommendation(
             {"loss_correction": "gce", **constrained},
-            f"The noise {why}, so T is not to be relied on: generalized cross entropy and a ball around each layer do "
-            "without.",
+            "The noise leaves the labels hardly better than chance, so T is not to be relied on: generalized cross "
+            "entropy and a ball around each layer do without.",
         )
-    # The most helpful of what was measured, also where classes are so rare that T may be singular.
-    safe = "" if estimate.identifiable else " They need no inverse of T, which may be singular."
+    # The most helpful of what was measured, also where classes are so rare that T may be singular. Where noise depends
+    # on the example, generalized cross entropy does as well; but a false alarm under pair flips would cost 20 points.
+    reason = "Train on the posteriors of the labels, with a ball around each layer."
+    if not estimate.identifiable:
+        reason += " They need no inverse of T, which may be singular."
+    if depends_on_example:
+        reason += " The noise depends on more than the class, so they are those of an average T."
     return Recommendation(
         {"noise_transition": "estimate", "loss_correction": "posterior", **constrained},
-        f"Train on the posteriors of the labels, with a ball around each layer.{safe}",
+        reason,
     )
 
 

@@ -303,6 +303,11 @@ def test_the_verdict(rate: float, interval: tuple[float, float], p_value: float,
     assert expected in write_verdict(rate, interval, (0.3, 0.5), np.full(3, 100.0), 1500, p_value, effect)
 
 
+def test_of_no_noise_the_verdict_says_nothing_more() -> None:
+    said = write_verdict(0.01, (0.0, 0.02), (0.3, 0.5), np.full(3, 100.0), 1500, 0.02, 0.2)
+    assert "more than the class" not in said
+
+
 def test_draws_lie_about_the_estimate_with_its_errors() -> None:
     features, labels, _ = mixture(1500, num_classes=3)
     noisy = draw(symmetric_transition(3, 0.3)[labels], seed=1)

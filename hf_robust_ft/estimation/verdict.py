@@ -95,12 +95,13 @@ def write_verdict(
     if few.size:
         named = ", ".join(str(c) for c in few[:10]) + (", …" if few.size > 10 else "")
         sentences.append(f"Few sure examples of class {named}: their rows are rough.")
-    if p_value < LEVEL and effect >= NOTABLE_EFFECT:
+    significant = level != "none" and p_value < LEVEL  # of no noise nothing depends on anything
+    if significant and effect >= NOTABLE_EFFECT:
         sentences.append(
             f"The noise depends on more than the class (p = {p_value:.2g}, effect size {effect:.2f}): "
             "read T as an average."
         )
-    elif p_value < LEVEL:
+    elif significant:
         sentences.append(
             f"The fit is not exact (p = {p_value:.2g}), but by no more than a linear head's usual misfit "
             f"(effect size {effect:.2f}): no sign that the noise depends on more than the class."

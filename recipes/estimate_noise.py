@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from instance_noise import along_leading_component
+from instance_noise import along_leading_component, corrupt_unevenly
 from PIL import Image
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -91,7 +91,10 @@ def measure(
     kind, _, rate = noise.partition("-")
     make = {"pair_flip": pair_flip_transition, "uneven": uneven_transition}.get(kind, symmetric_transition)
     truth = make(num_classes, float(rate or 0))
-    noisy = by_component(x, y, float(rate), seed) if kind == "component" else corrupt_labels(y, truth, seed)
+    if kind == "component":
+        noisy = corrupt_unevenly(y, along_leading_component(x, y), float(rate), num_classes, seed)
+    else:
+        noisy = corrupt_labels(y, truth, seed)
     trusted = None
     if "trusted" in method:
         few = np.random.default_rng(seed).permutation(len(clean[1]))[: args.trusted]
@@ -134,16 +137,6 @@ def uneven_transition(num_classes: int, rate: float) -> np.ndarray:
     truth = np.zeros((num_classes, num_classes))
     truth[~np.eye(num_classes, dtype=bool)] = (wrong * rates[:, None]).ravel()
     return truth + np.diag(1 - rates)
-
-
-def by_component(features: np.ndarray, labels: np.ndarray, rate: float, seed: int) -> np.ndarray:
-    """Symmetric noise, four times as likely above the median of a class's first principal component as below."""
-    rng = np.random.default_rng(seed)
-    classes = int(labels.max()) + 1
-    along = along_leading_component(features, labels)
-    medians = np.array([np.median(along[labels == c]) for c in range(classes)])
-    flipped = rng.random(len(labels)) < np.where(along > medians[labels], 1.6, 0.4) * rate
-    return np.where(flipped, (labels + rng.integers(1, classes, len(labels))) % classes, labels)
 
 
 def show(task: str, size: int, noise: str, method: str, cell: list[dict[str, Any]]) -> None:

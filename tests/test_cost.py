@@ -22,6 +22,7 @@ from hf_robust_ft import (
     measurement_costs,
     noise_stability,
     spectral_density,
+    top_eigenpairs,
 )
 from hf_robust_ft.curvature import cost
 from hf_robust_ft.curvature.cost import OVERHEAD, Work
@@ -62,11 +63,15 @@ MEASUREMENTS: dict[str, Callable[..., Any]] = {
     ),
     "hessian_trace": lambda model, batch, _, **kw: hessian_trace(model, [batch], probes=2, **kw),
     "joint hessian_trace": lambda model, batch, _, **kw: hessian_trace(model, [batch], probes=2, joint=True, **kw),
+    "top_eigenpairs": lambda model, batch, _, **kw: top_eigenpairs(model, [batch], tolerance=0.1, **kw),
     "spectral_density": lambda model, batch, _, **kw: spectral_density(model, [batch], probes=2, steps=5, **kw),
     "noise_stability": lambda model, batch, _, **kw: noise_stability(
         model, [batch], sigma=0.01, draws=2, probes=2, **kw
     ),
 }
+
+WHOLE = ("top_eigenpairs", "spectral_density")
+"""What measures all layers as one by default."""
 
 
 def peak(action: Callable[[], Any]) -> int:
@@ -90,7 +95,7 @@ KINDS = [("bert", "weights"), ("bert", "blocks"), ("vit", "weights"), ("vit", "b
 @pytest.mark.parametrize(("kind", "layers"), KINDS)
 def test_memory_is_within_15_percent(kind: str, name: str, layers: str) -> None:
     make, batch = MODELS[kind]
-    chosen: Any = {"model": "*"} if name == "spectral_density" else layers  # its default
+    chosen: Any = {"model": "*"} if name in WHOLE else layers
     torch.manual_seed(0)
     model = make()
     reference = perturbed_reference(model)

@@ -14,7 +14,7 @@ from dense import CASES, LAYERS, X, Y, batches, case_batches, case_hessian, mean
 from torch import Tensor, nn
 
 from hf_robust_ft import find_layers
-from hf_robust_ft.curvature import NonFiniteLoss, spectrum
+from hf_robust_ft.curvature import NonFiniteLoss, restarted
 from hf_robust_ft.curvature.directions import group_layers
 from hf_robust_ft.curvature.loss import ExampleLoss
 from hf_robust_ft.curvature.mean import MeanLoss
@@ -103,7 +103,7 @@ def test_the_residual_bounds_the_error() -> None:
     for tolerance in (0.3, 1e-2, 1e-4):
         found = top_eigenpairs(model, batches(7), count=2, tolerance=tolerance)
         errors = (found.values[0].unsqueeze(1) - exact).abs().amin(1)
-        # ARPACK's own estimate of the residual is what the tolerance is for.
+        # The recurrence's own estimate of the residual is what the tolerance is for.
         assert (errors <= found.residuals[0] + 1e-12).all()
         assert (found.residuals[0] <= 1.01 * tolerance * found.values[0] + 1e-12).all()
         u = flat(found.vectors, LAYERS)
@@ -291,6 +291,6 @@ def test_bad_data(measure: Any) -> None:
 
 
 def test_eigenvalues_that_do_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spectrum, "MAX_RESTARTS", 1)
+    monkeypatch.setattr(restarted, "MAX_PRODUCTS", 20)
     with pytest.raises(NotConverged, match=r"of 4 eigenvalues of model reached the tolerance 1e-15 in \d+ passes"):
         top_eigenpairs(smooth(), batches(7), count=4, tolerance=1e-15)

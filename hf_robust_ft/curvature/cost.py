@@ -22,7 +22,8 @@ trace, separate probes      as exact forms, with the probes in the place of V, o
                             autograd compares; directions of one weight that travel together are copied
 trace, joint probes         B examples of a batch at once: ``graph + second + b P (2 + probes kept)``, and
                             ``bend`` or 3 b times the largest tensor
-eigenpairs                  a product, and ``8 P (m + 5) + 2 b P``, with ``m = max(2 count + 1, 14)`` vectors of ARPACK
+eigenpairs                  a product, and ``b P (m + 2)``, with ``m = max(2 count + 1, 14)`` vectors that are kept;
+                            with many eigenvalues the residuals in the end, ``b P (count + 2) + 16 P (count - 1)``
 spectral density            a product, and ``b P (steps + 3)``, and the probes kept (less for the last of several
                             layers: their graphs are shorter)
 a product of these          the larger of ``graph + second + bend + 2 b P + 8 P`` of a batch and ``16 P``; to the latter
@@ -86,7 +87,7 @@ PRODUCT_PASSES = 6.5
 GROUP_PASSES = 3.0
 # How often the weights could be summed in the time of what is done to vectors of their size, by memory and not by
 # arithmetic: norms of a layer of several weights and of its product; drawing a probe, and its inner product; drawing
-# noise, and moving the weights twice; for each product of ARPACK or Lanczos, sums in float64 and orthogonal vectors.
+# noise, and moving the weights twice; for each product of Lanczos, sums in float64 and orthogonal vectors.
 GROUP_READINGS = 50
 PROBE_READINGS = 30
 NOISE_READINGS = 25
@@ -215,8 +216,8 @@ def eigenpairs(work: Work, sizes: Footprints, count: int, passes: int) -> Cost:
         passes: over the data; 15 to 40 for each layer where they stand out.
     """
     b = work.number
-    # Of ARPACK; its start, residual and three to work on; and start and direction in the precision of the model.
-    vectors = 8 * (basis(count) + 5) + 2 * b
+    # With the start and what is multiplied; in the end eigenvectors and, in float64, products of all of them.
+    vectors = max(b * (basis(count) + 2), b * (count + 2) + 16 * (count - 1))
     return _cost(work, sizes, work.largest * vectors + _product(work, sizes), _product_seconds(work, 1, passes))
 
 

@@ -7,10 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -25,13 +22,10 @@ from .mean import MeanLoss
 from .model import measuring
 from .placement import processes_of, unwrapped
 from .probes import Distribution, Probes
+from .restarted import largest_eigenpairs
 
 WHOLE_MODEL: Layers = {"model": "*"}
 """All layers as one."""
-
-# Of ARPACK, each of up to 13 products, or one more than the eigenvalues. What has not converged by then lies in a dense
-# part of the spectrum, or below the rounding of the products.
-MAX_RESTARTS = 200
 
 Product = Callable[[Tensor], Tensor]
 """v → H v, [P] → [P] in float64."""
@@ -104,10 +98,10 @@ def top_eigenpairs(
     iteration, as in PyHessian, finds the largest *magnitude*; the two differ only where the most negative
     eigenvalue outweighs the most positive one, far from a minimum.
 
-    By implicitly restarted Lanczos (ARPACK, :func:`scipy.sparse.linalg.eigsh`), one layer after the other. Each
-    Hessian-vector product is a pass over the dataloader, and a layer takes 15 to 40 of them where its first
-    eigenvalues stand out. ``max(2 count + 1, 14)`` float64 vectors of the layer's size are kept in memory; a layer
-    that is not larger than that is solved densely. Like every method that starts from one vector, this may miss
+    By restarted Lanczos (:func:`~.restarted.largest_eigenpairs`), one layer after the other. Each Hessian-vector
+    product is a pass over the dataloader, and a layer takes 15 to 40 of them where its first eigenvalues stand out.
+    ``max(2 count + 1, 14)`` vectors of the layer's size are kept on the device of the model and in its precision; a
+    layer that is not larger than that is solved densely. Like every method that starts from one vector, this may miss
     copies of a multiple eigenvalue.
 
     Args:
@@ -148,15 +142,15 @@ def top_eigenpairs(
         for g, group in enumerate(groups):
             mean = MeanLoss(model, [group], dataloader, ExampleLoss(loss, model), group.name, processes)
             (start,) = _starts("gaussian", 1, mean, seed)
-            try:
-                values[g], found = _largest(_counted(mean, bar), start, count, tolerance)
-            except ArpackNoConvergence as problem:
+            values[g], found, within = _largest(_counted(mean, bar), start, count, tolerance)
+            if not within.all():
                 raise NotConverged(
-                    f"{len(problem.eigenvalues)} of {count} eigenvalues of {group.name} reached the tolerance "
+                    f"{within.sum()} of {count} eigenvalues of {group.name} reached the tolerance "
                     f"{tolerance:g} in {mean.passes} passes over the data; raise tolerance, lower count, or measure in "
                     "float64 (model.double()): float32 resolves small eigenvalues beside large ones only roughly"
-                ) from None
-            residuals[g] = (mean.products(found).cpu() - values[g].unsqueeze(1) * found).norm(dim=1)
+                )
+            for i, (image, u) in enumerate(zip(mean.products(found), found, strict=True)):
+                residuals[g, i] = (image - values[g, i].item() * u).norm()
             parts = [mean.split(u) for u in found]
             for name, of_pairs in zip(mean.weights.names, zip(*parts, strict=True), strict=True):
                 vectors[name] = torch.stack(of_pairs).cpu()
@@ -258,45 +252,26 @@ def _starts(distribution: Distribution, count: int, mean: MeanLoss, seed: int) -
 
 
 def basis(count: int) -> int:
-    """How many vectors ARPACK keeps for some eigenvalues.
+    """How many vectors are kept for some eigenvalues.
 
-    Its default for symmetric matrices is at least 20, which takes a third more memory. Where the largest eigenvalues
-    stand out, as they do of networks near a minimum, fewer vectors take no more products; where they lie dense they do,
-    10 clearly more than 14 (recipes/RESULTS.md).
+    Where the largest eigenvalues stand out, as they do of networks near a minimum, more take no fewer products; where
+    they lie dense they do, 14 clearly fewer than 10 (recipes/RESULTS.md).
     """
     return max(2 * count + 1, 14)
 
 
-def _largest(product: Product, start: Tensor, count: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues, [count], and eigenvectors, [count, P], on the CPU in float64.
-
-    Raises:
-        ArpackNoConvergence: see :func:`~scipy.sparse.linalg.eigsh`.
-    """
+def _largest(product: Product, start: Tensor, count: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of :func:`largest_eigenpairs`, each eigenvector's entry of largest size positive; densely where H is small."""
     size = len(start)
-    vectors_kept = basis(count)
-    if size <= vectors_kept:
+    if size <= basis(count):
         dense = torch.stack([product(unit) for unit in torch.eye(size).to(start)]).cpu()
         values, columns = torch.linalg.eigh((dense + dense.t()) / 2)
-        values, columns = values[-count:], columns[:, -count:]
-    elif not product(start).any():  # no curvature at all, which ARPACK refuses: every vector is an eigenvector
-        values, columns = torch.zeros(count, dtype=torch.float64), torch.eye(size, count, dtype=torch.float64)
+        values, vectors = values[-count:].flip(0), columns[:, -count:].t().flip(0).to(start)
+        within = torch.ones(count, dtype=torch.bool)
     else:
-
-        def multiply(vector: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-            found: npt.NDArray[np.float64] = product(torch.from_numpy(vector.ravel()).to(start.device)).cpu().numpy()
-            return found
-
-        operator = LinearOperator((size, size), matvec=multiply, dtype=np.float64)
-        pairs = eigsh(
-            operator, count, which="LA", v0=start.double().cpu().numpy(), ncv=vectors_kept, tol=tolerance,
-            maxiter=MAX_RESTARTS,
-        )  # fmt: skip
-        values, columns = (torch.from_numpy(part) for part in pairs)
-    order = values.argsort(descending=True)
-    rows = columns.t()[order]
-    heaviest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
-    return values[order], rows * heaviest.sign()
+        values, vectors, within = largest_eigenpairs(product, start, count, basis(count), tolerance)
+    heaviest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+    return values, vectors * heaviest.sign(), within
 
 
 def ritz_values(product: Product, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from benchmark_data import INSTANCE, NOISES, RULES, SOURCES, Source, draw
+from benchmark_data import NOISES, RULES, SOURCES, SPECIAL, Source, draw
 from benchmark_methods import METHODS, Setting, run
 from benchmark_tuning import outward, scores_of
 from resumable import Line, append_line, own_share, read_lines
@@ -61,7 +61,7 @@ def main() -> int:
         for seed in options.seeds
         for name in options.sources
         for noise in options.noises or SOURCES[name].noises
-        if noise in (*SOURCES[name].noises, *INSTANCE)
+        if noise in (*SOURCES[name].noises, *SPECIAL)
         for method in options.methods
         for setting in settings_of(method, name, options)
     ]
@@ -107,8 +107,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--noises",
         nargs="+",
-        choices=(*NOISES, RULES, *INSTANCE),
-        help="default: all of each source but those that depend on the example",
+        choices=(*NOISES, RULES, *SPECIAL),
+        help="default: all of each source's tables",
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[100], help="below 100: development")

@@ -40,7 +40,8 @@ TRAIN, VALIDATION, DEVELOPMENT_VALIDATION = 1000, 500, 1000
 DINOV2 = MINILM.parent / "dinov2-small"
 NOISES = ("none", "symmetric-0.2", "symmetric-0.4", "symmetric-0.6", "pair_flip-0.2", "pair_flip-0.4")
 RULES = "rules"
-INSTANCE = ("size-0.4", "component-0.4")  # no T describes these; of no table but their own
+INSTANCE = ("size-0.4", "component-0.4")  # no T describes these
+SPECIAL = (*INSTANCE, "symmetric-0.1")  # of no table but their own
 UNSEEN = ("none", "symmetric-0.4", "pair_flip-0.4")  # of the data that was never looked at before the report
 
 

@@ -121,7 +121,8 @@ class RobustTrainingArguments(TrainingArguments):
         metadata={
             "help": "Labels of evaluation data: 'noisy' (corrupted by noise_transition; every evaluation then adds "
             "clean_accuracy with its 95 %% interval) or 'clean' (none does). Default: 'noisy' for the evaluation that "
-            "metric_for_best_model names, as in eval_clean_accuracy, and 'clean' for all others.",
+            "metric_for_best_model names, as in eval_clean_accuracy; of all others nothing is known, T is not applied, "
+            "and the card calls them as given.",
             "choices": EVAL_LABELS,
         },
     )

@@ -56,7 +56,7 @@ def measure_finetuned(
     examples: int = EXAMPLES,
     time_budget: float = TIME_BUDGET,
     noise_transition: Any = None,
-    eval_labels: Labels = "clean",
+    eval_labels: Labels = "as given",
     seed: int = 0,
 ) -> FinetunedMeasurement:
     """Measure a fine-tuned model: a whole one, or a PEFT adapter, which is merged into its base model.
@@ -72,7 +72,7 @@ def measure_finetuned(
         examples, time_budget: see :meth:`HessianRegularizedTrainer.measure_hessian`.
         noise_transition: T of the labels of ``dataset``, see :func:`~hf_robust_ft.load_transition`; None takes them as
             they are.
-        eval_labels: with T, whether it is that of the evaluation labels, too.
+        eval_labels: ``"clean"``; ``"noisy"``: with T, which is that of the evaluation labels, too; or not known.
         seed: of the draw of examples.
 
     Raises:
@@ -105,11 +105,9 @@ def measure_finetuned(
 
     known: Labels = "as given" if transition is None else "noisy"
     training = example_set("training", dataset, known)
-    held_out = (
-        []
-        if eval_dataset is None
-        else [example_set("eval", eval_dataset, "as given" if transition is None else eval_labels)]
-    )
+    if transition is None and eval_labels == "noisy":
+        eval_labels = "as given"
+    held_out = [] if eval_dataset is None else [example_set("eval", eval_dataset, eval_labels)]
     logger.info("loading %s", reference)
     weights, described = read_reference(loaded, reference)
     frozen = freeze_unmoved(loaded, weights)

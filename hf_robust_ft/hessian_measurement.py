@@ -29,6 +29,7 @@ from .curvature import HessianReport, measure_hessian
 from .features import num_classes
 from .files import NotWritten, written_whole
 from .layers import find_layers
+from .noise import InverseTransition, Matrix, invert_transition, load_transition, read_transition
 from .reference import ReferenceMismatch, capture_reference, load_reference, reference_digest, save_reference
 from .report_bounds import report_bounds
 from .risks import Labels, MeasuredRisk, measure_risk
@@ -145,6 +146,34 @@ def measured_loss(model: nn.Module, transition: Any) -> CorrectedLoss | None:
         return None
     kind = loss_type(model)
     return CorrectedLoss("backward", transition, num_classes=num_classes(model, kind), shift=kind == "ForCausalLM")
+
+
+def inverse_of(matrix: Matrix) -> InverseTransition | None:
+    """Of T, [K, K]; None where T is singular or nearly so: posteriors need no inverse, the corrected losses do."""
+    try:
+        return invert_transition(matrix)
+    except ValueError:
+        return None
+
+
+def correctable(model: nn.Module, transition: Any) -> Any:
+    """T for :func:`measured_loss`; None, and a warning, where it has no inverse.
+
+    Raises:
+        ValueError: a T that is no transition matrix, or is of other classes than the model's.
+    """
+    if transition is None:
+        return None
+    noise, classes = read_transition(transition), num_classes(model, loss_type(model))
+    if classes is None and isinstance(noise, float):  # the first logits will tell
+        return noise
+    if inverse_of(load_transition(noise, classes)) is not None:
+        return noise
+    logger.warning(
+        "noise_transition can't be inverted, so the backward-corrected loss is not defined: the plain loss is "
+        "measured, on labels as given"
+    )
+    return None
 
 
 def example_batches(

@@ -18,7 +18,7 @@ from .noise import IGNORE_INDEX
 from .stored import Count, Share, Size
 
 Labels = Literal["clean", "noisy", "as given"]
-"""``"as given"``: there is no noise model, and nothing is known of the labels."""
+"""``"as given"``: nobody said what the labels are."""
 
 # Of the margins of the examples, the one that stands for all; Jiang et al. 2020 take the same.
 MARGIN_QUANTILE = 0.1

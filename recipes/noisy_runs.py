@@ -274,6 +274,8 @@ def train(method: str, seed: int, task: Task, recipe: RunArguments, arguments: R
     arguments = copy(arguments)
     if recipe.validation_samples:
         arguments.metric_for_best_model, arguments.greater_is_better = SELECTED_ON, True
+    elif arguments.eval_labels is None:
+        arguments.eval_labels = "clean"
     arguments.seed, arguments.noise_transition = seed, transition
     arguments.output_dir = str(Path(arguments.output_dir) / f"{method}-{seed}")
     for name, value in METHODS[method].items():

@@ -316,8 +316,32 @@ def test_the_gap_says_which_labels_each_side_has() -> None:
     assert "**Measured gap: 0.4 ± 0.5 nats**" in text
     assert "- Training: backward-corrected cross entropy on 50 examples, noisy labels" in text
     assert "- Evaluation, eval_b: cross entropy on 50 examples, clean labels" in text
+    assert "the gap holds" not in text
     assert measured_error(data(risks=sides[:2])) is None
     assert measured_gap(data(risks=sides[1:])) is None
+
+
+@pytest.mark.parametrize(
+    ("training", "evaluation", "caveat"),
+    [
+        (("as given", False), ("as given", False), None),
+        (("noisy", True), ("noisy", True), None),
+        (("noisy", True), ("clean", False), None),
+        (("noisy", True), ("as given", False), "Evaluation labels are taken as given: where they are wrong"),
+        (("noisy", False), ("as given", False), "The training loss is not corrected for noise"),
+        (("noisy", False), ("clean", False), "The training loss is not corrected for noise"),
+        (("noisy", False), ("noisy", False), None),
+    ],
+)
+def test_a_gap_between_two_kinds_of_labels_says_so(
+    training: tuple[str, bool], evaluation: tuple[str, bool], caveat: str | None
+) -> None:
+    sides = [
+        risk(name, 0.5, labels=labels, corrected=corrected)
+        for name, (labels, corrected) in (("training", training), ("eval", evaluation))
+    ]
+    text = Page(render_card(data(risks=sides)).text).text
+    assert (caveat in text) if caveat else "the gap holds" not in text
 
 
 def test_the_tables_add_up() -> None:
@@ -413,7 +437,9 @@ def test_the_card_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     card = ModelCard.load(tmp_path / "run" / "README.md")
     text = Page(card.text).text
     results = {result.metric_name: result.metric_value for result in card.data.eval_results}
-    assert results["eval_loss (clean labels)"] == evaluated["eval_loss"]
+    assert results["eval_loss"] == evaluated["eval_loss"]  # nobody said that these labels are clean
+    assert "clean labels" not in card.text.replace("expected loss on clean labels", "")
+    assert "where they are wrong, the gap holds their noise, too" in text
     assert card.data.license == "mit"
     assert "symmetric noise of rate 0.2, as given" in text
     assert ("For trying things out. " * 20).strip() in text
@@ -465,6 +491,103 @@ def test_noisy_held_out_labels_estimate_the_error_of_these_weights(tmp_path: Pat
     trainer.train()
     trainer.create_model_card()
     assert read_card(tmp_path)[0].bounds == []
+
+
+def test_labels_that_the_radius_was_chosen_by_as_noisy_are_called_so(tmp_path: Path) -> None:
+    trainer = tiny.trainer(
+        tmp_path,
+        layer_radius="auto",
+        noise_transition=0.3,
+        max_steps=1,
+        eval_dataset={"dev": tiny.texts(24, 1), "test": tiny.texts(8, 2)},
+        metric_for_best_model="dev_loss",
+        hessian_examples=4,
+        hessian_time_budget=0,
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.create_model_card()
+    assert trainer.radius_choice.score == "clean_accuracy"
+    known = read_card(tmp_path)[0]
+    assert known.metric_labels == {"eval_dev": "noisy", "eval_test": "as given"}
+    assert [(risk.data, risk.labels, risk.corrected) for risk in known.risks] == [
+        ("training", "noisy", True), ("eval_dev", "noisy", True), ("eval_test", "as given", False)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("transition", [[[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], np.full((3, 3), 1 / 3)])
+def test_a_transition_without_an_inverse_has_a_card(tmp_path: Path, transition: Any) -> None:
+    trainer = tiny.trainer(
+        tmp_path / "run",
+        noise_transition=transition,
+        loss_correction="posterior",
+        hessian_examples=4,
+        hessian_time_budget=0,
+        eval_dataset=tiny.texts(8, 1),
+    )
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "| Condition number of T | infinite, or too large: T can't be inverted |" in card
+    assert "| Amplification ρ of a loss by T⁻¹ | there is no T⁻¹ |" in card
+    assert "are those of the plain cross entropy, on training labels as given." in card
+    assert "| training | noisy labels | 4 | plain |" in card
+    known, report, _ = read_card(tmp_path / "run")
+    assert (known.condition_number, known.amplification) == (None, None)
+    assert known.noise_rate == pytest.approx(1 - np.trace(transition) / 3)
+    assert str(write_card(tmp_path / "again", known, report)) == card
+
+
+def test_a_folder_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.bert().save_pretrained("models/base")
+    for source in ("models/base", str(tmp_path / "models" / "base")):
+        model = type(tiny.bert()).from_pretrained(source)
+        trainer = tiny.trainer(tmp_path / "run", model)
+        trainer.create_model_card()
+        card = ModelCard.load(tmp_path / "run" / "README.md")
+        assert card.data.base_model is None
+        assert "| Fine-tuned from | base (a local folder) |" in card.text
+    model.config._name_or_path = "google-bert/bert-base-uncased"
+    tiny.trainer(tmp_path / "run", model).create_model_card()
+    assert ModelCard.load(tmp_path / "run" / "README.md").data.base_model == "google-bert/bert-base-uncased"
+
+
+@pytest.mark.parametrize("noise", [None, 0.2])
+def test_metrics_of_several_evaluations_have_their_names_on_the_hub(tmp_path: Path, noise: float | None) -> None:
+    trainer = tiny.trainer(
+        tmp_path,
+        noise_transition=noise,
+        eval_dataset={"test": tiny.texts(6)},
+        compute_metrics=lambda found: {"accuracy": 0.5},
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.evaluate(tiny.texts(6), metric_key_prefix="far_away")
+    trainer.create_model_card()
+    found = ModelCard.load(tmp_path / "README.md").data
+    assert found.metrics == ["accuracy"]
+    assert [(r.metric_name, r.dataset_split) for r in found.eval_results if r.metric_type == "accuracy"] == [
+        ("eval_test_accuracy", "eval_test"), ("far_away_accuracy", "far_away")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "source"),
+    [
+        (" [[0.8,0.1,0.1],[0.1,0.8,0.1],[0.1,0.1,0.8]]", "a matrix that was given"),
+        (np.eye(3), "a matrix that was given"),
+        ("0.2", "symmetric noise of rate 0.2, as given"),
+        ("T.json", "read from T.json"),
+    ],
+)
+def test_where_the_transition_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any, source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("T.json").write_text(json.dumps(np.eye(3).tolist()))
+    tiny.trainer(tmp_path / "run", noise_transition=given).create_model_card()
+    assert read_card(tmp_path / "run")[0].noise_source == source
 
 
 def test_other_processes_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from hf_robust_ft.hessian_measurement import (
     START_FILE,
     base_weights,
     block_of,
+    correctable,
     example_batches,
     hessian_metrics,
     load_start,
@@ -289,8 +290,8 @@ def test_bounds_and_risks_are_those_of_the_measured_loss(tmp_path: Path) -> None
     assert (training.labels, training.corrected) == ("noisy", True)
     assert training.loss == pytest.approx(report.losses.mean)
     assert training.loss_error == pytest.approx(report.losses.standard_error)
-    # No evaluation counts these labels as noisy.
-    assert (evaluation.labels, evaluation.corrected, evaluation.n) == ("clean", False, 8)
+    # Nobody said what these labels are.
+    assert (evaluation.labels, evaluation.corrected, evaluation.n) == ("as given", False, 8)
     assert evaluation.loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
     bound = bounds_of(trainer)["Hessian distance, sound bound"]
     assert bound.bounds_what == "expected loss on clean labels"
@@ -298,8 +299,56 @@ def test_bounds_and_risks_are_those_of_the_measured_loss(tmp_path: Path) -> None
     assert bound.terms["loss"] == report.losses.mean
     noisy = trained(tmp_path, noise_transition=0.2, eval_labels="noisy", eval_dataset=tiny.texts(8, 1))
     assert [(risk.labels, risk.corrected) for risk in noisy._measured[0].risks] == [("noisy", True)] * 2
+    clean = trained(tmp_path, noise_transition=0.2, eval_labels="clean", eval_dataset=tiny.texts(8, 1))
+    assert [(risk.labels, risk.corrected) for risk in clean._measured[0].risks] == [("noisy", True), ("clean", False)]
+    assert clean._measured[0].risks[1].loss == evaluation.loss
     plain = trained(tmp_path)
     assert [(risk.labels, risk.corrected) for risk in plain._measured[0].risks] == [("as given", False)]
+
+
+@pytest.mark.parametrize(("said", "claim"), [(None, "error on labels as given"), ("clean", "error on clean labels")])
+def test_only_labels_that_are_said_to_be_clean_certify_the_clean_error(
+    tmp_path: Path, said: str | None, claim: str
+) -> None:
+    trainer = trained(tmp_path, noise_transition=0.2, eval_labels=said, eval_dataset=tiny.texts(8, 1))
+    assert bounds_of(trainer)["held-out, eval"].bounds_what == claim
+
+
+SINGULAR = [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize("correction", ["posterior", "none"])
+def test_a_transition_without_an_inverse_leaves_the_plain_loss(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, correction: str
+) -> None:
+    torch.manual_seed(0)
+    model = tiny.bert(num_hidden_layers=1)
+    start = tiny.weights(model)
+    with caplog.at_level(logging.WARNING):
+        trainer = trained(tmp_path, model=model, noise_transition=SINGULAR, loss_correction=correction)
+    assert "noise_transition can't be inverted, so the backward-corrected loss is not defined" in caplog.text
+    drawn = sorted(np.random.default_rng(0).permutation(24)[:EXAMPLES].tolist())
+    batches = DataLoader(tiny.texts().select(drawn), batch_size=8, collate_fn=trainer.data_collator)
+    assert numbers(trainer.hessian_report) == numbers(measure_hessian(model, start, batches, time_budget=0))
+    (risk,) = trainer._measured[0].risks
+    assert (risk.labels, risk.corrected) == ("noisy", False)
+    assert bounds_of(trainer)["Hessian distance, sound bound"].bounds_what == "expected loss"
+
+
+def test_only_a_transition_without_an_inverse_is_left_out() -> None:
+    assert correctable(tiny.bert(), None) is None
+    assert correctable(tiny.bert(), 0.2) == 0.2
+    assert correctable(tiny.bert(), 2 / 3) is None  # of three classes all rows are equal
+    assert correctable(tiny.Mlp(), 2 / 3) == 2 / 3  # which it may not be of others
+    with pytest.raises(ValueError, match="2 classes"):
+        correctable(tiny.bert(), [[0.9, 0.1], [0.1, 0.9]])
+
+
+@pytest.mark.parametrize("examples", [0, -1])
+def test_no_examples_are_refused(tmp_path: Path, examples: int) -> None:
+    trainer = tiny.trainer(tmp_path, hessian_examples=EXAMPLES)
+    with pytest.raises(ValueError, match=f"examples is {examples}; give a number >= 1, or None for hessian_examples=9"):
+        trainer.measure_hessian(examples=examples)
 
 
 def held_out(trainer: Any) -> set[str]:

@@ -146,17 +146,20 @@ def test_the_error_of_evaluation_data_gets_a_certificate(base: Path, tuned: Path
 
 def test_noise_of_the_training_labels(base: Path, tuned: Path, data: Path, tmp_path: Path) -> None:
     more = ["--noise-transition", "0.3", "--eval-dataset", str(data / "test.parquet")]
-    assert main(words(tuned, base, data, tmp_path / "clean", *more)) == 0
-    assert main(words(tuned, base, data, tmp_path / "noisy", *more, "--eval-labels", "noisy")) == 0
-    clean, noisy = (read_card(tmp_path / name)[0] for name in ("clean", "noisy"))
-    for card in (clean, noisy):
+    assert main(words(tuned, base, data, tmp_path / "given", *more)) == 0
+    for said in ("clean", "noisy"):
+        assert main(words(tuned, base, data, tmp_path / said, *more, "--eval-labels", said)) == 0
+    given, clean, noisy = (read_card(tmp_path / name)[0] for name in ("given", "clean", "noisy"))
+    for card in (given, clean, noisy):
         assert card.noise_rate == pytest.approx(0.3)
         assert card.noise_source == "symmetric noise of rate 0.3, as given"
         assert (card.risks[0].labels, card.risks[0].corrected) == ("noisy", True)
         assert {bound.bounds_what for bound in card.bounds if bound.name.startswith("Hessian")} == {
             "expected loss on clean labels"
         }
-    assert [card.risks[1].labels for card in (clean, noisy)] == ["clean", "noisy"]
+    assert [card.risks[1].labels for card in (given, clean, noisy)] == ["as given", "clean", "noisy"]
+    certified = [[b.bounds_what for b in card.bounds if b.name == "held-out, eval"] for card in (given, clean)]
+    assert certified == [["error on labels as given"], ["error on clean labels"]]
     error = noisy.risks[1].error
     assert error is not None
     wrong = torch.arange(30) < round(30 * error)

@@ -48,7 +48,7 @@ class CardData:
     # Filled by the Trainer
 
     base_model: str | None = None
-    """On the Hub, or a path."""
+    """A name on the Hub; of a local folder its last part, with words that make it no such name."""
     model_class: str | None = None
     tasks: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
@@ -68,6 +68,7 @@ class CardData:
     noise_rate: Share | None = None
     """By T, of classes that are equally frequent."""
     condition_number: Size | None = None
+    """Like ``amplification`` None where T can't be inverted, though ``noise_rate`` is known."""
     amplification: Size | None = None
     constraints: list[ConstraintRow] = field(default_factory=list)
     """Empty where no layer was constrained."""

@@ -19,7 +19,8 @@ from transformers import TrainingArguments
 from transformers.modelcard import TASK_MAPPING
 from transformers.trainer_callback import TrainerState
 
-from ..noise import invert_transition, load_transition
+from ..hessian_measurement import inverse_of
+from ..noise import load_transition
 from ..redaction import redacted
 from .data import CardData, plain
 
@@ -67,12 +68,17 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
     labels: dict[Any, Any] = getattr(config, "id2label", None) or {}
     return {
         "model_class": name,
-        # Where a folder lies on this machine is nobody's business.
-        "base_model": Path(source).name if source and Path(source).is_absolute() else source,
+        "base_model": named_source(source) if source else None,
         "tasks": tasks[:1],
         "classes": [str(labels[key]) for key in sorted(labels)] if tasks and "classification" in tasks[0] else [],
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+
+
+def named_source(source: str) -> str:
+    """What a model was loaded from: a name on the Hub, or the last part of a folder, marked as no such name."""
+    # Where a folder lies on this machine is nobody's business.
+    return f"{Path(source).name} (a local folder)" if Path(source).is_absolute() or os.path.isdir(source) else source
 
 
 def data_facts(dataset: Any) -> dict[str, Any]:
@@ -106,12 +112,6 @@ def metric_facts(state: TrainerState, *, best: bool) -> dict[str, float | None]:
     return found
 
 
-def evaluation_prefixes(eval_dataset: Any, metrics: Mapping[str, Any]) -> list[str]:
-    """The prefixes that evaluations logged their metrics under."""
-    named = [f"eval_{name}" for name in eval_dataset] if isinstance(eval_dataset, dict) else []
-    return [*named, *dict.fromkeys(name.partition("_")[0] for name in metrics)]
-
-
 def noise_facts(transition: Any, classes: int | None, source: str) -> dict[str, Any]:
     """T and what correction by it costs; nothing without T."""
     if transition is None:
@@ -120,13 +120,13 @@ def noise_facts(transition: Any, classes: int | None, source: str) -> dict[str, 
         matrix = load_transition(transition, classes)
     except ValueError:  # a rate, and the number of classes is not known
         return {"noise_source": source}
-    inverse = invert_transition(matrix)
+    inverse = inverse_of(matrix)
     return {
         "noise_source": source,
         "transition": matrix.tolist() if len(matrix) <= MOST_CLASSES else None,
         "noise_rate": float(1 - np.diag(matrix).mean()),
-        "condition_number": inverse.condition_number,
-        "amplification": inverse.amplification,
+        "condition_number": None if inverse is None else inverse.condition_number,
+        "amplification": None if inverse is None else inverse.amplification,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -53,6 +54,11 @@ def finite_metrics(data: CardData) -> dict[str, float]:
     }
 
 
+def evaluation_prefixes(metrics: Iterable[str]) -> list[str]:
+    """The prefixes that evaluations logged their metrics under: each logs its time, too."""
+    return [name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")]
+
+
 def labels_of(data: CardData, metric: str) -> str:
     """What the labels of a metric's examples are, by the longest prefix that is known."""
     known = [prefix for prefix in data.metric_labels if metric.startswith(f"{prefix}_")]
@@ -74,9 +80,9 @@ def _result(data: CardData, kind: str, name: str, value: float, split: str | Non
 
 
 def _metrics(data: CardData) -> list[EvalResult]:
-    found = []
+    found, prefixes = [], evaluation_prefixes(data.metrics)
     for name, value in finite_metrics(data).items():
-        prefix = max((p for p in data.metric_labels if name.startswith(f"{p}_")), key=len, default=name.split("_")[0])
+        prefix = max((p for p in prefixes if name.startswith(f"{p}_")), key=len, default=name.split("_")[0])
         kind = one_line(name.removeprefix(f"{prefix}_"))
         labels = labels_of(data, name)
         said = "" if labels == "as given" else f" ({labels} labels)"

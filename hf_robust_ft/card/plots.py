@@ -65,7 +65,7 @@ def plot_bounds(bounds: Sequence[Bound], gap: float | None, error: float | None,
     Args:
         bounds: all of them; those without a value are left out.
         gap: measured loss on evaluation data minus that on training data.
-        error: measured on clean evaluation labels.
+        error: measured on evaluation labels that do not count as noisy.
     """
     known = [bound for bound in bounds if bound.value is not None]
     losses = [(bound, where) for bound in known if (where := log10_gap(bound)) is not None]

@@ -32,6 +32,7 @@ def sections(data: CardData, report: HessianReport | None, estimate: TransitionE
         "risks": [_risk(risk) for risk in data.risks],
         "gap": None if gap is None else _gap(data, gap),
         "transition": _transition(data),
+        "singular": _singular(data),
         "constrained": _constrained(data.constraints),
         "free": _free(data.constraints),
         "blocks": [] if report is None else _blocks(report),
@@ -63,7 +64,7 @@ def measured_gap(data: CardData) -> float | None:
 
 
 def measured_error(data: CardData) -> float | None:
-    """On evaluation labels that are not noisy."""
+    """On evaluation labels that do not count as noisy."""
     pair = measured_pair(data)
     return None if pair is None or pair[1].labels == "noisy" else pair[1].error
 
@@ -78,7 +79,17 @@ def _gap(data: CardData, gap: float) -> dict[str, Any]:
         "error": number(both, 2),
         "training": _said(pair[0]),
         "evaluation": f"{pair[1].data}: {_said(pair[1])}",
+        "caveat": _caveat(*pair),
     }
+
+
+def _caveat(training: MeasuredRisk, evaluation: MeasuredRisk) -> str | None:
+    """What keeps the two losses from estimating one thing."""
+    if training.corrected and evaluation.labels == "as given":
+        return "Evaluation labels are taken as given: where they are wrong, the gap holds their noise, too."
+    if training.labels == "noisy" != evaluation.labels and not training.corrected:
+        return "The training loss is not corrected for noise: the gap holds what noise adds to that loss, too."
+    return None
 
 
 def _said(risk: MeasuredRisk) -> str:
@@ -105,6 +116,11 @@ def _metrics(data: CardData) -> list[tuple[str, str, str]]:
         for name, value in plain(data.metrics).items()
         if not name.endswith(TIMES)
     ]
+
+
+def _singular(data: CardData) -> bool:
+    """Whether T is known, but not its inverse."""
+    return data.noise_rate is not None and data.amplification is None
 
 
 def _transition(data: CardData) -> Markup | None:
@@ -222,6 +238,11 @@ def _limits(data: CardData, report: HessianReport | None) -> list[str]:
                 "the theorem says nothing of a model that moves them."
             )
         said += [f"Measured by autograd in part: {note}" for note in report.notes]
+    if report is not None and _singular(data):
+        said.append(
+            "T can't be inverted, so the backward-corrected loss is not defined: the curvature and the bounds from it "
+            "are those of the plain cross entropy, on training labels as given."
+        )
     if data.noise_source is not None:
         said.append("Noise is taken to depend on the true class alone; where it does not, corrected losses are biased.")
     if data.selected_by is not None:

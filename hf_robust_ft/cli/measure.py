@@ -100,8 +100,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     command.add_argument(
         "--eval-labels",
         choices=("clean", "noisy"),
-        default="clean",
-        help="with --noise-transition: whether it holds for the evaluation labels, too (default: clean)",
+        default="as given",
+        help="what the evaluation labels are: clean, or noisy by --noise-transition, too (default: not known)",
     )
     command.add_argument(
         "--output", metavar="DIR", help="folder to write to; default: the model's, if it is a folder here"

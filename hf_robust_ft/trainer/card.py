@@ -9,7 +9,6 @@ from ..bounds import Bound, held_out_bound
 from ..card import CardData, write_card
 from ..card.facts import (
     data_facts,
-    evaluation_prefixes,
     listed,
     merged,
     metric_facts,
@@ -17,9 +16,9 @@ from ..card.facts import (
     noise_facts,
     run_facts,
 )
+from ..card.metadata import evaluation_prefixes
 from ..corrected_loss import loss_type
 from ..features import correction_of, num_classes, setting
-from ..noisy_evaluation import estimates_clean_accuracy
 from ..sharding import has_shards
 from .curvature import MeasuringTrainer
 
@@ -66,7 +65,6 @@ class CardTrainer(MeasuringTrainer):
         args, folder = self.args, Path(str(self.args.output_dir))
         best = bool(args.load_best_model_at_end)
         metrics = metric_facts(self.state, best=best)
-        known = self._transition is not None
         if has_shards(self._model):
             table = self._trained_table or self.constraints.table(distances=False)
         else:
@@ -78,11 +76,7 @@ class CardTrainer(MeasuringTrainer):
             **run_facts(args, self.state),
             "model_name": folder.absolute().name,
             "metrics": metrics,
-            "metric_labels": {
-                prefix: "noisy" if estimates_clean_accuracy(args, prefix) else "clean"
-                for prefix in evaluation_prefixes(self.eval_dataset, metrics)
-                if known
-            },
+            "metric_labels": {prefix: self._evaluation_labels(prefix) for prefix in evaluation_prefixes(metrics)},
             "selected_by": args.metric_for_best_model if best else None,
             "correction": correction_of(args),
             "constraints": list(table) if self.constraints else [],
@@ -110,4 +104,6 @@ class CardTrainer(MeasuringTrainer):
             return "estimated from the training labels and frozen features before training"
         if isinstance(source, float):
             return f"symmetric noise of rate {source:g}, as given"
-        return f"read from {Path(source).name}" if isinstance(source, str) else "a matrix that was given"
+        if isinstance(source, str) and not source.lstrip().startswith("["):
+            return f"read from {Path(source).name}"
+        return "a matrix that was given"

@@ -17,6 +17,7 @@ from ..hessian_measurement import (
     ExampleSet,
     Measurement,
     base_weights,
+    correctable,
     hessian_metrics,
     load_start,
     measure,
@@ -30,6 +31,7 @@ from ..interruption import Interruption
 from ..noisy_evaluation import estimates_clean_accuracy
 from ..processes import Processes
 from ..reference import ReferenceMismatch, gathered
+from ..risks import Labels
 from ..sharding import is_sharded, sharded_like
 from ..snapshot import snapshot
 from .radius import RadiusTrainer
@@ -72,25 +74,30 @@ class MeasuringTrainer(RadiusTrainer):
         """Measure the Hessian distance measure of the weights as they are now, and log it.
 
         ``hessian_examples`` makes training end with this. Labels are taken as training took them: where there is a
-        noise model, the loss is the backward-corrected one, whatever was trained; else plain cross entropy. Examples
-        are as ``train_dataset`` gives them: the theorem wants no augmentation. All processes measure, a share each.
+        noise model, the loss is the backward-corrected one, whatever was trained; else, or where T has no inverse,
+        plain cross entropy. Examples are as ``train_dataset`` gives them: the theorem wants no augmentation. All
+        processes measure, a share each.
 
         Args:
             dataset: None: the training set, which the bounds are for. ``hessian_report.json`` in the output folder
                 and the model card then hold what was found. Of other data the report is only returned.
-            examples: how many, drawn by ``args.seed``; default: ``hessian_examples``, or 500.
+            examples: how many, at least 1, drawn by ``args.seed``; default: ``hessian_examples``, or 500.
             time_budget: seconds for Lanczos; default: ``hessian_time_budget``.
             reference: the weights that training started from; default: those that ``hessian_examples`` kept, else
                 those that the model was loaded from, read again (a new head then counts from zero).
             metric_key_prefix: of the metrics: see :func:`~hf_robust_ft.hessian_measurement.hessian_metrics`.
 
         Raises:
-            ValueError: a model sharded by DeepSpeed or FSDP version 1, or what
+            ValueError: no examples, a model sharded by DeepSpeed or FSDP version 1, or what
                 :func:`~hf_robust_ft.measure_hessian` refuses.
             ReferenceMismatch: no reference, or one of other layers or shapes.
             MeasurementStopped: an error after some examples; what was found until then is saved all the same.
             NotWritten: the report can't be saved; :attr:`hessian_report` has it.
         """
+        if examples is not None and examples < 1:
+            raise ValueError(
+                f"examples is {examples}; give a number >= 1, or None for hessian_examples={self._hessian_examples}"
+            )
         if self._sharded_by is not None:
             raise ValueError(
                 f"measure_hessian does not work with {self._sharded_by}; save the model, load it in each process, and "
@@ -134,23 +141,31 @@ class MeasuringTrainer(RadiusTrainer):
             held_out = {f"eval_{name}": data for name, data in evaluated.items()}
         elif evaluated is not None:
             held_out = {"eval": evaluated}
-        noisy = {prefix: estimates_clean_accuracy(self.args, prefix) for prefix in held_out}
         # Only here: elsewhere other processes would wait for ever for one that was cut short.
         with self._interruption.at_once():
             return measure(
                 model,
                 weights,
                 example_set("training" if dataset is None else "given", dataset, "noisy" if known else "as given"),
-                [
-                    example_set(prefix, data, ("noisy" if noisy[prefix] else "clean") if known else "as given")
-                    for prefix, data in held_out.items()
-                ],
+                [example_set(prefix, data, self._evaluation_labels(prefix)) for prefix, data in held_out.items()],
                 self.label_names[0] if self.label_names else "labels",
                 self.args,
-                transition=self._transition,
-                examples=examples or setting(self.args, "hessian_examples") or EXAMPLES,
+                transition=correctable(model, self._transition),
+                examples=self._hessian_examples if examples is None else examples,
                 time_budget=setting(self.args, "hessian_time_budget") if time_budget is None else time_budget,
             )
+
+    @property
+    def _hessian_examples(self) -> int:
+        return setting(self.args, "hessian_examples") or EXAMPLES
+
+    def _evaluation_labels(self, prefix: str) -> Labels:
+        """What the labels of the evaluation of this prefix are, by what the user said or the radius was chosen by."""
+        if setting(self.args, "eval_labels") == "clean":
+            return "clean"
+        choice = self.radius_choice
+        scored = choice is not None and choice.score == "clean_accuracy" and prefix == self._selected_on
+        return "noisy" if scored or estimates_clean_accuracy(self.args, prefix) else "as given"
 
     def _keep_weights(self, untrained: bool) -> None:
         super()._keep_weights(untrained)

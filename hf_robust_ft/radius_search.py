@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 FILE = "radius_choice.json"
 
 # Shares of the norm of each layer's pretrained weights, so that one grid serves layers and models of any size. 0.01 was
-# best on images under noise, 0.03 or none on texts; 0.03 binds a fifth of the layers, so above it there is little
-# left to try, and 0.003 is for heavier noise (recipes/RESULTS.md). A factor of three, as accuracy changes slowly with
-# the radius while every candidate costs a training. And no constraint at all, which clean labels want.
+# best on images under noise, and on texts nothing from 0.01 on could be told from none (recipes/RESULTS.md); 0.003 is for
+# heavier noise. A factor of three, as accuracy changes slowly with the radius while every candidate costs a training. And
+# no constraint at all, which clean labels want.
 CANDIDATES = (0.003, 0.01, 0.03, math.inf)
 
 Scores = npt.NDArray[np.float64]
@@ -120,8 +120,7 @@ def search_radius(
     """Train with each radius; choose the one with the best mean score, of equal ones the smallest.
 
     The best, and not the smallest within one standard error of it: with 500 noisy labels the standard error of a
-    difference is 2 points, and that rule pays them for a preference that accuracy does not share (measured:
-    recipes/RESULTS.md).
+    difference is 2 points, and that rule pays them for a preference that accuracy does not share.
 
     Args:
         train_and_score: trains from the same start with a relative radius, and returns a score of each validation

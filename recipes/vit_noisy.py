@@ -2,13 +2,13 @@
 
     accelerate launch recipes/vit_noisy.py
 
-runs offline in a few minutes on two CPU cores: a small ViT pretrained on printed glyphs (beside this
+runs offline in a minute or two on two CPU cores: a small ViT pretrained on printed glyphs (beside this
 file) learns scikit-learn's handwritten digits, 60 % of whose training labels were replaced. On your own:
 
     accelerate launch recipes/vit_noisy.py --model_name_or_path google/vit-base-patch16-224-in21k \\
         --dataset_name ethz/food101 --test_split validation --noise symmetric --noise_rate 0.4
     accelerate launch recipes/vit_noisy.py --model_name_or_path facebook/dinov2-small \\
-        --data_dir photos --noise none --noise_transition T.json --layer_radius 0.5
+        --data_dir photos --noise none --noise_transition T.json --layer_radius 0.03
 
 ``--data_dir`` is an imagefolder (photos/train/CLASS/*.png, photos/test/CLASS/*.png). With ``--noise
 none`` the training labels are taken to be noisy already. Test labels are never touched.

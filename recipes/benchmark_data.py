@@ -170,7 +170,7 @@ def draw(source: Source, noise: str, seed: int) -> dict[str, Part]:
 
 
 def noisy_labels(source: Source, raw: Dataset, inputs: list[dict[str, Any]], noise: str, seed: int) -> Labels:
-    """The labels after this noise; -1 where rules abstain."""
+    """The labels after this noise; -100 where rules abstain."""
     clean, classes = np.asarray(raw["label"][:], dtype=np.int64), len(source.names)
     if noise == "none":
         return clean

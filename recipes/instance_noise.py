@@ -37,7 +37,7 @@ def sizes(examples: list[object]) -> npt.NDArray[np.float64]:
 
 
 def along_leading_component(features: npt.NDArray[np.float64], labels: Labels) -> npt.NDArray[np.float64]:
-    """Where each example lies along the first principal component within classes, [n].
+    """Where each example lies along the first principal component within classes, [n], of either sign.
 
     Args:
         features: [n, d].

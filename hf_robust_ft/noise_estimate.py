@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -80,7 +81,7 @@ def check_estimable(
 
 
 class LabelStudy(NamedTuple):
-    """What was asked for; None for what was not."""
+    """T as it was estimated, now or before, and the posteriors; None for what was not asked for, or can't be had."""
 
     estimate: TransitionEstimate | None
     targets: LabelTargets | None
@@ -95,46 +96,59 @@ def study_labels(
     args: TrainingArguments,
     *,
     transition: Any = None,
+    estimate: TransitionEstimate | None = None,
     posteriors: bool = False,
 ) -> LabelStudy:
     """T, or the posteriors of the training labels, or both, from the frozen features of the model as it is now.
 
-    T comes from at most 10,000 examples, drawn by ``args.seed``. Each process computes the features of its share; the
-    first one does the rest, writes it to ``args.output_dir`` (``transition_estimate.json``,
+    T comes from at most 10,000 labelled examples, drawn by ``args.seed``. Each process computes the features of its
+    share; the first one does the rest, writes it to ``args.output_dir`` (``transition_estimate.json``,
     ``_label_posteriors.safetensors``) and tells the others.
 
     Args:
-        transition: T where it is known; None: it is estimated.
+        transition: T where it is given; None: it is estimated.
+        estimate: T where it was estimated before.
         posteriors: whether to find :func:`label_posteriors`. Where T is estimated and there is little or no noise,
             they are the labels themselves.
 
     Raises:
-        ValueError: the labels do not identify T, or for posteriors say nothing (the estimate is written all the same),
-            or don't suit :func:`estimate_transition`.
+        ValueError: labels that don't suit :func:`estimate_transition`. What they say is left to :func:`check_estimate`.
     """
     chosen = np.random.default_rng(args.seed).permutation(len(dataset))
     if not posteriors:
-        chosen = chosen[:MOST_EXAMPLES]
+        chosen = _labelled_first(chosen, dataset, label_name)[:MOST_EXAMPLES]
     asked = f"noise_transition='{ESTIMATE}'" if transition is None else "loss_correction='posterior'"
     features, labels = _features_and_labels(model, dataset, chosen, collate, label_name, asked, args)
     message: list[Any] = [None]
     if features is not None:
         try:
-            message = [_study(features, labels, chosen, num_classes, args, transition, posteriors)]
+            message = [_study(features, labels, chosen, num_classes, args, transition, estimate, posteriors)]
         except Exception as error:  # noqa: BLE001 - any at all: the other processes wait
             message = [error]
     found = broadcast_object_list(message)[0]
     if isinstance(found, ValueError):
-        sampled = transition is None and len(dataset) > MOST_EXAMPLES
-        drew = f" ({MOST_EXAMPLES} of {len(dataset)} examples were drawn)" if sampled else ""
+        sampled = transition is None and estimate is None and len(dataset) > MOST_EXAMPLES
+        drew = f" (at most {MOST_EXAMPLES} of {len(dataset)} examples were drawn)" if sampled else ""
         raise ValueError(f"{asked}: {found}{drew}") from found
     if isinstance(found, Exception):
         raise found
     assert isinstance(found, LabelStudy)
-    if found.estimate is not None:
+    if estimate is None and found.estimate is not None:
         logger.info("%s", found.estimate)
-        check_estimate(found.estimate, posteriors)
     return found
+
+
+def _labelled_first(chosen: Labels, dataset: Any, label_name: str) -> Labels:
+    """The places of examples that have a target before the others, where a column says which have one."""
+    names = dataset.column_names if isinstance(dataset, datasets.Dataset) else []
+    column = next((name for name in (label_name, "label", "label_ids") if name in names), None)
+    if column is None:
+        return chosen
+    # Only a draw: a collator may still make other labels of these.
+    labels = np.asarray(dataset.select_columns([column]).with_format("numpy")[:][column])
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        return chosen
+    return chosen[np.argsort(labels[chosen] == IGNORE_INDEX, kind="stable")]
 
 
 def _study(
@@ -144,6 +158,7 @@ def _study(
     num_classes: int | None,
     args: TrainingArguments,
     transition: Any,
+    estimate: TransitionEstimate | None,
     posteriors: bool,
 ) -> LabelStudy:
     folder = Path(str(args.output_dir))
@@ -154,11 +169,11 @@ def _study(
             f"the features of train_dataset[{odd.min()}] are not finite (of {odd.size} examples in all): did the model "
             "overflow in half precision, or is the example empty?"
         )
-    estimate = None
     if transition is None:
-        first = np.flatnonzero(kept[:MOST_EXAMPLES])
-        estimate = estimate_transition(features[first], labels[first], num_classes=num_classes, seed=args.seed)
-        estimate.save(folder / FILE)
+        if estimate is None:
+            first = np.flatnonzero(kept)[:MOST_EXAMPLES]
+            estimate = estimate_transition(features[first], labels[first], num_classes=num_classes, seed=args.seed)
+            estimate.save(folder / FILE)
         transition = estimate.transition
         posteriors = posteriors and estimate.informative
     if not posteriors:

@@ -195,6 +195,30 @@ def test_a_resumed_run_reads_them_again(tmp_path: Path) -> None:
     tiny.assert_equal_weights(tiny.weights(again.model), tiny.weights(first.model))
 
 
+def test_a_resumed_run_that_lacks_them_takes_labels_that_look_clean_as_they_are(tmp_path: Path) -> None:
+    settings = {"noise_transition": "estimate", "save_strategy": "steps", "save_steps": 2}
+    data = noisy(transition=symmetric_transition(3, 0.03))
+    first = on_posteriors(tmp_path, train_dataset=data, **settings)
+    first.train()
+    (tmp_path / FILE).unlink()
+    again = on_posteriors(tmp_path, train_dataset=data, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert found_by(again).posteriors.tolist() == torch.eye(3)[data["label"]].tolist()
+    tiny.assert_equal_weights(tiny.weights(again.model), tiny.weights(first.model))
+
+
+def test_an_evaluation_needs_neither_posteriors_nor_a_training_set(tmp_path: Path) -> None:
+    data = noisy(30)
+    trainer = on_posteriors(tmp_path, train_dataset=None, eval_dataset=data)
+    labels = torch.tensor(data["label"][:])
+    with torch.no_grad():
+        logits = trainer.model.eval()(input_ids=torch.tensor(data["input_ids"][:])).logits
+    expected = forward_corrected(logits, labels, torch.tensor(T).float()).mean().item()
+    assert trainer.evaluate()["eval_corrected_loss"] == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ValueError, match="loss_correction='posterior' needs a train_dataset with a length"):
+        trainer.train()
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     on_posteriors(tmp_path, save_strategy="steps", save_steps=2).train()
     (tmp_path / FILE).write_bytes(b"{}")
@@ -291,7 +315,6 @@ def test_a_loader_that_gives_labels_is_refused(tmp_path: Path) -> None:
         ({"noise_transition": None}, "loss_correction='posterior' needs noise_transition"),
         ({"model": tiny.Mlp(), "train_dataset": tiny.vectors(), "label_names": ["labels"]}, "Mlp has no backbone"),
         ({"model": tiny.token_classifier()}, "loss_correction='posterior' is for one class an example"),
-        ({"train_dataset": None}, "loss_correction='posterior' needs a train_dataset with a length"),
     ],
 )
 def test_what_has_no_posterior_is_refused_when_the_trainer_is_made(

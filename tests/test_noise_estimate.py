@@ -88,6 +88,55 @@ def test_it_is_estimated_once_and_from_the_weights_before_training(tmp_path: Pat
     assert metrics["eval_clean_accuracy"] != trainer.evaluate()["eval_clean_accuracy"]
 
 
+@pytest.mark.parametrize("noise", [0.03, 0.3])
+def test_an_evaluation_before_training_does_not_change_it(tmp_path: Path, noise: float) -> None:
+    data = noisy(transition=symmetric_transition(3, noise))
+    trained = []
+    for first in (False, True):
+        trainer = estimating(tmp_path / str(first), train_dataset=data, eval_dataset=noisy(30, seed=1))
+        if first:
+            trainer.evaluate()
+        trainer.train()
+        assert trainer.noise_estimate is not None
+        assert (trainer.noise_estimate.noise_level == "none") == (noise < 0.1)
+        assert trainer.label_targets is not None
+        trained.append((trainer.label_targets._asdict(), tiny.weights(trainer.model)))
+    for first, second in zip(*trained, strict=True):
+        for name, tensor in first.items():
+            torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_an_evaluation_refuses_no_estimate_that_training_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rare classes T may be singular; posteriors need no inverse."""
+    estimate = noise_estimate.estimate_transition
+    monkeypatch.setattr(
+        noise_estimate, "estimate_transition",
+        lambda *a, **k: replace(estimate(*a, **k), singular_value_interval=(0.0, 0.3)),
+    )  # fmt: skip
+    trainer = estimating(tmp_path / "a", eval_dataset=noisy(30, seed=1))
+    trainer.evaluate()
+    trainer.train()
+    assert trainer.noise_estimate is not None
+    assert trainer.noise_estimate.informative
+    assert not trainer.noise_estimate.identifiable
+    with pytest.raises(ValueError, match="Train on posteriors of the labels"):
+        estimating(tmp_path / "b", eval_dataset=noisy(30, seed=1), loss_correction="forward").evaluate()
+
+
+def test_an_evaluation_alone_needs_no_training_set(tmp_path: Path) -> None:
+    first = estimating(tmp_path, eval_dataset=noisy(30, seed=1), eval_labels="noisy")
+    first.train()
+    expected = first.evaluate()
+    settings = {"train_dataset": None, "eval_dataset": noisy(30, seed=1), "eval_labels": "noisy"}
+    found = estimating(tmp_path, model=first.model, **settings).evaluate()
+    for name in ("eval_loss", "eval_corrected_loss", "eval_clean_accuracy", "eval_clean_accuracy_low"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-4)
+    for act in ("evaluate", "train"):
+        trainer = estimating(tmp_path / "elsewhere", **settings)
+        with pytest.raises(ValueError, match="needs a train_dataset with a length, but train_dataset is None"):
+            getattr(trainer, act)()
+
+
 def test_clean_accuracy_carries_the_uncertainty_of_the_estimate(tmp_path: Path) -> None:
     data = noisy(60, seed=1)
     trainer = estimating(tmp_path, eval_dataset=data, eval_labels="noisy")
@@ -193,6 +242,26 @@ def test_a_large_data_set_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert trainer.noise_estimate.n == 120
 
 
+@pytest.mark.parametrize("correction", ["posterior", "forward"])
+@pytest.mark.parametrize("kind", ["dataset", "rows"])
+def test_the_sample_is_of_examples_with_a_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, correction: str, kind: str
+) -> None:
+    monkeypatch.setattr(noise_estimate, "MOST_EXAMPLES", 100)
+    data = noisy()
+    labels = np.where(np.arange(300) % 5 < 2, data["label"][:], -100)
+    data = data.remove_columns("label").add_column("labels", labels.tolist())
+    trainer = estimating(
+        tmp_path, train_dataset=data if kind == "dataset" else [dict(row) for row in data], loss_correction=correction
+    )
+    trainer.train()
+    assert trainer.noise_estimate is not None
+    if (kind, correction) == ("rows", "forward"):  # no column says which they are
+        assert trainer.noise_estimate.n < 60
+    else:
+        assert trainer.noise_estimate.n == 100
+
+
 def test_a_resumed_run_reads_the_estimate_again(tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 2}
     first = estimating(tmp_path, **settings)
@@ -258,7 +327,6 @@ class CountedStream(Stream):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_dataset": None}, "needs a train_dataset with a length, but train_dataset is None"),
         ({"train_dataset": Stream()}, "needs a train_dataset with a length, but Stream has no length"),
         ({"train_dataset": CountedStream()}, "but CountedStream is an IterableDataset, which gives no example by its"),
         ({"model": tiny.token_classifier()}, "noise_transition='estimate' is for one class an example.*ForToken"),

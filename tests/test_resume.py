@@ -354,6 +354,25 @@ def test_a_resumed_run_constrains_no_layer_whose_centre_is_lost(tmp_path: Path) 
     assert steps == []
 
 
+@pytest.mark.parametrize("lost", ["file", "layers"])
+def test_a_refused_resume_leaves_a_trainer_its_centres(tmp_path: Path, pretrained: Weights, lost: str) -> None:
+    trainer, steps = _trainer(tmp_path, max_steps=2)
+    trainer.train()
+    radii = trainer.constraints.radii
+    if lost == "file":
+        (tmp_path / REFERENCE_FILE).unlink()
+    else:
+        shutil.rmtree(tmp_path)
+        _trainer(tmp_path, layer_radius={"*.query": resumable.RADIUS}, max_steps=2)[0].train()
+    with pytest.raises(ReferenceMismatch):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.constraints.radii == radii
+    trainer.train()
+    assert steps == [0, 1, 0, 1]
+    assert trainer.constraints.radii == radii
+    assert _different(trainer.constraints.reference, pretrained) == []
+
+
 def test_a_finished_run_is_resumed_with_no_step_more(finished: tuple[Path, Weights], stopped: Path) -> None:
     # Four steps end within an epoch of eleven.
     trainer, steps = _trainer(stopped, max_steps=4)

@@ -177,6 +177,186 @@ def test_a_language_model_is_corrected_at_the_next_token(tmp_path: Path, kind: A
     assert history(trainer)[0] == pytest.approx(expected, abs=1e-4)
 
 
+BART = {
+    "vocab_size": 50,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "dropout": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+
+
+def pairs(targets: int = 7) -> Dataset:
+    """Token ids to read, and others to write, of which one has no target."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, 50, (16, targets), generator=generator)
+    labels[0, -1] = -100
+    ids = torch.randint(3, 50, (16, 7), generator=generator)
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
+
+
+def translator(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=50, decoder_start_token_id=0, **sizes)
+        )
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**BART))
+    if kind == "bart":
+        return model
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5", "lora"])
+@pytest.mark.parametrize("correction", ["forward", "gce"])
+def test_an_encoder_decoder_is_corrected_where_it_reads_its_targets(tmp_path: Path, kind: str, correction: str) -> None:
+    noise = symmetric_transition(50, 0.2)
+    for targets in (7, 5):
+        data, model = pairs(targets), translator(kind)
+        given = {"noise_transition": noise} if correction == "forward" else {"loss_correction": correction}
+        trainer = tiny.trainer(
+            tmp_path, model, train_dataset=data, eval_dataset=data, per_device_train_batch_size=16, max_steps=1, **given
+        )
+        labels = torch.tensor(data["labels"][:])
+        with torch.no_grad():
+            outputs = model.eval()(input_ids=torch.tensor(data["input_ids"][:]), labels=labels)
+        evaluated = trainer.evaluate()
+        assert evaluated["eval_loss"] == pytest.approx(outputs.loss.item(), abs=2e-3)  # two batches, one target short
+        if correction == "forward":
+            losses = forward_corrected(outputs.logits, labels, torch.tensor(noise))
+        else:
+            losses = generalized_cross_entropy(outputs.logits, labels)
+        expected = losses.sum().item() / (labels != -100).sum().item()
+        assert evaluated["eval_corrected_loss"] == pytest.approx(expected, abs=1e-4)
+        trainer.train()
+        assert history(trainer)[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_identity_trains_an_encoder_decoder_as_plain_cross_entropy(tmp_path: Path) -> None:
+    plain, identity = (
+        tiny.trainer(tmp_path, translator("bart"), train_dataset=pairs(), optim="sgd", **given)
+        for given in ({}, {"noise_transition": 0.0})
+    )
+    plain.train()
+    identity.train()
+    for name, weight in tiny.weights(plain.model).items():
+        torch.testing.assert_close(identity.model.state_dict()[name], weight, rtol=0, atol=1e-6)
+
+
+def test_an_encoder_decoder_that_classifies_decodes_its_input(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.BartForSequenceClassification(transformers.BartConfig(**BART, num_labels=tiny.CLASSES))
+    # Classified at the end of the text, of which there is one.
+    data = tiny.texts().map(lambda row: {"input_ids": [3 + row["label"], *row["input_ids"][1:-1], 2]})
+    trainer = tiny.trainer(
+        tmp_path, model, noise_transition=T, train_dataset=data, per_device_train_batch_size=24, max_steps=1
+    )
+    labels = torch.tensor(data["label"][:])
+    with torch.no_grad():
+        logits = model.eval()(input_ids=torch.tensor(data["input_ids"][:])).logits
+    trainer.train()
+    expected = forward_corrected(logits, labels, torch.tensor(T)).mean().item()
+    assert history(trainer)[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_encoder_decoder_that_hides_how_it_reads_its_targets_needs_them_in_the_batch(tmp_path: Path) -> None:
+    def run(data: Dataset) -> Trainer:
+        torch.manual_seed(0)
+        model = transformers.BlenderbotForConditionalGeneration(transformers.BlenderbotConfig(**BART))
+        trainer = tiny.trainer(tmp_path, model, noise_transition=0.2, train_dataset=data, max_steps=1)
+        trainer.train()
+        return trainer
+
+    with pytest.raises(
+        ValueError, match=r"BlenderbotForConditionalGeneration makes its decoder_input_ids from them.*let the collator"
+    ):
+        run(pairs())
+    shifted = [[2, *(label if label >= 0 else 0 for label in row[:-1])] for row in pairs()["labels"]]
+    assert math.isfinite(history(run(pairs().add_column("decoder_input_ids", shifted)))[0])
+
+
+EXPERTS = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "output_router_logits": True,
+}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_identity_trains_experts_as_plain_cross_entropy(tmp_path: Path, accumulation: int) -> None:
+    def run(**given: Any) -> Any:
+        torch.manual_seed(0)
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**EXPERTS, router_aux_loss_coef=0.5))
+        data = pairs()
+        trainer = tiny.trainer(
+            tmp_path, model, train_dataset=data, eval_dataset=data, gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=8 // accumulation, optim="sgd", max_steps=2, **given,
+        )  # fmt: skip
+        trainer.train()
+        return tiny.weights(model), [*history(trainer), trainer.evaluate()["eval_loss"]]
+
+    (weights, losses), (plain_weights, plain_losses) = run(noise_transition=0.0), run()
+    assert losses == pytest.approx(plain_losses, abs=1e-4)
+    for name, weight in plain_weights.items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-6)
+
+
+def test_what_experts_add_is_added_to_any_loss(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**EXPERTS, router_aux_loss_coef=0.5))
+    data = pairs()
+    trainer = tiny.trainer(
+        tmp_path, model, loss_correction="gce", train_dataset=data, per_device_train_batch_size=16, max_steps=1
+    )
+    labels = torch.tensor(data["labels"][:])[:, 1:]
+    with torch.no_grad():
+        outputs = model.eval()(input_ids=torch.tensor(data["input_ids"][:]))
+    losses = generalized_cross_entropy(outputs.logits[:, :-1], labels)
+    expected = losses.sum() / (labels != -100).sum() + 0.5 * outputs.aux_loss
+    trainer.train()
+    assert history(trainer)[0] == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_experts_that_hide_what_they_add_are_refused(tmp_path: Path) -> None:
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_local_experts")
+    sizes = {name: EXPERTS[name] for name in kept}
+    config = transformers.JetMoeConfig(
+        **sizes, num_key_value_heads=2, kv_channels=4, num_experts_per_tok=2, output_router_logits=True
+    )
+    trainer = tiny.trainer(
+        tmp_path, transformers.JetMoeForCausalLM(config), noise_transition=0.2, train_dataset=pairs()
+    )
+    with pytest.raises(ValueError, match=r"JetMoeForCausalLM adds a router loss.*output_router_logits=False"):
+        trainer.train()
+    config.output_router_logits = False
+    trainer.train()
+
+    experts = {"expert_ffn_size": 16, "num_experts": 4, "encoder_sparse_step": 1, "decoder_sparse_step": 1}
+    both = transformers.NllbMoeConfig(**BART, **experts, output_router_logits=True)
+    trainer = tiny.trainer(
+        tmp_path, transformers.NllbMoeForConditionalGeneration(both), loss_correction="gce",
+        train_dataset=pairs().add_column("decoder_input_ids", pairs()["input_ids"][:]),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="NllbMoeForConditionalGeneration adds a router loss to its own"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("norm", ["frobenius", "inf_op"])
 def test_every_layer_ends_in_its_ball(tmp_path: Path, norm: str) -> None:
     trainer = tiny.trainer(tmp_path, layer_radius=0.02, radius_norm=norm)

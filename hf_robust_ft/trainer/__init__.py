@@ -48,7 +48,8 @@ class HessianRegularizedTrainer(SavingTrainer):
     layers have the names of the merged model. Other adapters are refused where one of these is asked for.
 
     ``evaluate`` reports the uncorrected loss as ``eval_loss`` and, when the loss is corrected, also
-    ``eval_corrected_loss``, the mean over all targets.
+    ``eval_corrected_loss``, the mean over all targets. What a mixture of experts adds for its router
+    (``output_router_logits``) is part of the loss in training and of ``eval_loss``, as without a correction.
 
     ``metric_for_best_model="eval_clean_accuracy"`` selects on the accuracy on clean labels, estimated from noisy
     evaluation labels and ``noise_transition``: that evaluation then adds ``eval_clean_accuracy`` and the ends of its

@@ -161,8 +161,9 @@ class ConstrainedTrainer(CorrectedTrainer):
 
     def _restore_constraints(self, checkpoint: Path) -> None:
         record = ConstraintRecord.load(checkpoint)
-        self._drop_constraints()
         reference = load_reference(checkpoint.parent, record.reference_sha256)
+        # The old centres stay until nothing is refused any more: nothing else has them. Both together take no more
+        # memory than the gradients will.
         self._constrain(self._make_constraints(reference=reference, fresh=record.fresh))
         if record.radius_norm != self.constraints.norm or record.radii != self.constraints.radii:
             logger.warning("the radii differ from those of the checkpoint; training goes on with the new ones")

@@ -19,7 +19,7 @@ from ..features import correction_of, num_classes, setting
 from ..label_targets import FILE as TARGETS_FILE
 from ..label_targets import LabelTargets, Numbered, TargetCollator, check_posteriors
 from ..noise_estimate import FILE as ESTIMATE_FILE
-from ..noise_estimate import check_estimable, saved_estimate, study_labels
+from ..noise_estimate import check_estimable, check_estimate, saved_estimate, study_labels
 from ..sharding import has_shards
 
 
@@ -123,9 +123,12 @@ class LabelTrainer(Trainer):
                 self.label_names[0],
                 num_classes(self._model, loss_type(self._model)),
                 self.args,
-                transition=None if estimate else self._transition,
+                transition=None if self._estimates_noise else self._transition,
+                estimate=self.noise_estimate if self._estimates_noise else None,
                 posteriors=posteriors,
             )
+        if found.estimate is not None:
+            check_estimate(found.estimate, self._uses_posteriors)  # of an evaluation, too: training goes on with it
         self.noise_estimate = found.estimate or self.noise_estimate
         self.label_targets = found.targets or self.label_targets
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..clean_accuracy import CleanAccuracy, clean_accuracy
-from ..corrected_loss import CorrectedLoss, with_loss_first
+from ..corrected_loss import CorrectedLoss, router_loss, with_decoder_inputs, with_loss_first
 from ..data import check_dataset_labels
 from ..features import make_corrected_loss, requires_argument
 from ..noise import load_transition
@@ -46,7 +46,8 @@ class CorrectedTrainer(LabelTrainer):
         self._clean_accuracies: dict[str, tuple[CleanAccuracy, int]] = {}
         self._set_up_correction()
         self._set_up_noisy_evaluation()
-        self._check_estimable()
+        if self.train_dataset is not None:  # else it is for evaluation, or train() will refuse it
+            self._check_estimable()
 
     def _before_training(self, resumed: str | None, trial: Any) -> None:
         super()._before_training(resumed, trial)
@@ -119,8 +120,9 @@ class CorrectedTrainer(LabelTrainer):
         if self._model_requires_labels:
             classes = labels.argmax(-1) if labels.is_floating_point() else labels  # posteriors
             model = functools.partial(model, **{self.label_names[0]: classes})  # type: ignore[assignment]
-        if self._evaluated is not None:
-            self.compute_loss_func = corrected.plain
+        else:
+            inputs = with_decoder_inputs(self._model, inputs)
+        self.compute_loss_func = self._loss_of_batch
         try:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         finally:
@@ -134,6 +136,13 @@ class CorrectedTrainer(LabelTrainer):
         if self._predicted is not None:
             self._keep_predictions(outputs, labels)
         return (loss, with_loss_first(outputs, loss)) if return_outputs else loss
+
+    def _loss_of_batch(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The corrected loss, or the plain one in evaluation, and what the model adds to either."""
+        assert self._corrected is not None  # what is called only then
+        function = self._corrected if self._evaluated is None else self._corrected.plain
+        loss, added = function(outputs, labels, num_items_in_batch), router_loss(self._model, outputs)
+        return loss if added is None else loss + added.to(loss.device)
 
     def _keep_predictions(self, outputs: Any, labels: Tensor) -> None:
         assert self._predicted is not None  # what is called only then

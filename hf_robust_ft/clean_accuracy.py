@@ -231,8 +231,9 @@ def _read_samples(samples: npt.ArrayLike, matrix: Matrix) -> tuple[Matrix, float
         except ValueError as error:
             raise ValueError(f"transition_samples[{index}] is no transition matrix: {error}") from None
     # Between T and a draw whose determinant has the other sign lies a singular matrix.
-    signs = np.sign(np.linalg.det(drawn))
-    invertible = (np.linalg.cond(drawn) <= MAX_CONDITION_NUMBER) & (signs == np.sign(np.linalg.det(matrix)))
+    # (Of many classes and heavy noise the determinant itself underflows.)
+    signs = np.linalg.slogdet(drawn).sign
+    invertible = (np.linalg.cond(drawn) <= MAX_CONDITION_NUMBER) & (signs == np.linalg.slogdet(matrix).sign)
     return drawn[invertible], float(1 - invertible.mean())
 
 

@@ -94,6 +94,8 @@ class Diagnosis:
     """Why these."""
     seconds: dict[str, Size]
     """By stage."""
+    label_column: str | None = None
+    """The column of the labels; None from a file of an older version, which does not tell."""
 
     @property
     def suspects(self) -> npt.NDArray[np.int64]:
@@ -108,12 +110,20 @@ class Diagnosis:
         Rows that were not looked at hold None.
 
         Raises:
-            ValueError: a data set with fewer rows, or with one of these columns.
+            ValueError: a data set with fewer rows, with other labels (shuffled, for instance), or with one of these
+                columns.
         """
         if len(dataset) <= self.rows.max():
             raise ValueError(
                 f"dataset has {len(dataset)} rows, but row {self.rows.max()} was diagnosed; give the same data set"
             )
+        if self.label_column is not None:
+            labels, _ = read_labels(dataset, self.label_column)
+            if others := int((labels[self.rows] != self.labels).sum()):
+                raise ValueError(
+                    f"label_column '{self.label_column}' of dataset differs from the labels diagnosed in {others} of "
+                    f"{len(self.rows)} rows; give the data set as it was then: not shuffled, filtered or relabelled"
+                )
         columns = {
             "suspect_score": (self.suspect_score, Value("float64")),
             "suspect_rank": (self.suspect_rank, Value("int64")),
@@ -133,6 +143,7 @@ class Diagnosis:
         return {
             "format": FORMAT,
             "model": self.model,
+            "label_column": self.label_column,
             "classes": list(self.classes),
             "shape": self.shape,
             "explained": self.explained,
@@ -296,8 +307,9 @@ def diagnose(
         seed: of the draws, folds and bootstrap.
 
     Raises:
-        ValueError: a column that is missing or not clear, labels that are no classes, fewer than two classes, a class
-            without examples, fewer than 10 examples a class on average, a model without a backbone or of another kind.
+        ValueError: no ``datasets.Dataset``, a column that is missing, not clear or of another type, a missing image,
+            labels that are no classes, fewer than two classes, a class without examples, fewer than 10 examples a class
+            on average, max_examples below 1, a model without a backbone or of another kind.
         OSError: there is no such model.
     """
     labels, classes = read_labels(dataset, label_column)
@@ -358,6 +370,7 @@ def diagnose(
         arguments=arguments,
         reason=reason,
         seconds=clock.seconds,
+        label_column=label_column,
     )
 
 

@@ -13,6 +13,10 @@ Shape = Literal["symmetric", "pair_flip", "particular_classes", "class_dependent
 # Share of the wrong labels that a shape must explain to give its name.
 EXPLAINED = 0.75
 
+# A class counts as mistaken if its most frequent mistake has this share of the usual rate, as a few labels of every
+# class look wrong. Rates and not counts, so that a rare class counts like the others.
+MISTAKEN = 0.25
+
 
 class NoiseShape(NamedTuple):
     """The simplest shape that explains at least 75 % of the wrong labels."""
@@ -27,9 +31,8 @@ def noise_shape(transition: Matrix, prior: Matrix) -> NoiseShape:
 
     - ``"symmetric"``: wrong labels are spread evenly over all mistakes. It explains what they share with the even
       spread, 1 minus their total variation from it.
-    - ``"pair_flip"``: at most K kinds of mistakes, out of K (K - 1), make nearly all of them, one out of (nearly) every
-      class.
-    - ``"particular_classes"``: the same, with classes that are hardly ever mistaken.
+    - ``"pair_flip"``: (nearly) every class is mistaken, and the most frequent mistake of each makes nearly all of them.
+    - ``"particular_classes"``: K kinds of mistakes, out of K (K - 1), make nearly all of them.
     - ``"class_dependent"``: all else.
 
     Of two classes there is one mistake each, so only the first and the last can be told apart.
@@ -50,10 +53,13 @@ def noise_shape(transition: Matrix, prior: Matrix) -> NoiseShape:
     if shared >= EXPLAINED:
         return NoiseShape("symmetric", shared)
     if num_classes > 2:
-        largest = np.argsort(-mistakes, axis=None)[:num_classes]
-        explained = min(1.0, float(mistakes.ravel()[largest].sum() / total))
+        rates = np.where(off, transition, 0)
+        usual = (mistakes * rates).sum() / total
+        every = (rates.max(axis=1) >= MISTAKEN * usual).mean() >= 0.9
+        one_each = min(1.0, float(mistakes.max(axis=1).sum() / total))
+        if every and one_each >= EXPLAINED:
+            return NoiseShape("pair_flip", one_each)
+        explained = min(1.0, float(np.sort(mistakes, axis=None)[-num_classes:].sum() / total))
         if explained >= EXPLAINED:
-            sources = len(np.unique(largest // num_classes))
-            every = sources >= 0.9 * num_classes
-            return NoiseShape("pair_flip" if every else "particular_classes", explained)
+            return NoiseShape("particular_classes", explained)
     return NoiseShape("class_dependent", 1.0)

@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 FILE = "radius_choice.json"
 
 # Shares of the norm of each layer's pretrained weights, so that one grid serves layers and models of any size. 0.01 was
-# best on images under noise, and on texts nothing from 0.01 on could be told from none (recipes/RESULTS.md); 0.003 is for
-# heavier noise. A factor of three, as accuracy changes slowly with the radius while every candidate costs a training. And
-# no constraint at all, which clean labels want.
+# best on images under noise, and on texts nothing from 0.01 on could be told from none (recipes/RESULTS.md); 0.003 is
+# for heavier noise. A factor of three, as accuracy changes slowly with the radius while every candidate costs a
+# training. And no constraint at all, which clean labels want.
 CANDIDATES = (0.003, 0.01, 0.03, math.inf)
 
 Scores = npt.NDArray[np.float64]

@@ -30,6 +30,9 @@ BATCH_SIZE = 32
 # A text's class shows in its first words, as a rule, and the time of a long text is that of many short ones.
 MOST_TOKENS = 256
 
+# More than the largest classifiers know (21,843 of ImageNet): such numbers are ids.
+MOST_CLASSES = 100_000
+
 
 def read_labels(dataset: Dataset, column: str) -> tuple[Labels, tuple[str, ...]]:
     """Labels as integers, and the names of their classes.
@@ -37,9 +40,14 @@ def read_labels(dataset: Dataset, column: str) -> tuple[Labels, tuple[str, ...]]
     Integers stay as they are. Words become the numbers of their alphabetical order. -100 stays: no label.
 
     Raises:
-        ValueError: no such column, a label that is missing, or labels that are no classes: soft, multi-label or
-            numbers with a fraction.
+        ValueError: no ``datasets.Dataset``, no such column, a label that is missing, or labels that are no classes:
+            soft, multi-label, numbers with a fraction, or above 100,000.
     """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"dataset is of type {type(dataset).__name__}; give a datasets.Dataset, whose rows have numbers: one split "
+            "of a DatasetDict, and load_dataset without streaming=True"
+        )
     if column not in dataset.column_names:
         raise ValueError(f"label_column '{column}' is not among the columns {dataset.column_names}; name the labels'")
     # Arrow format: applies a selection of rows and decodes no images.
@@ -62,7 +70,13 @@ def read_labels(dataset: Dataset, column: str) -> tuple[Labels, tuple[str, ...]]
         labels: Labels = values.cast(pa.int64()).to_numpy()
         if isinstance(feature, ClassLabel):
             return labels, tuple(feature.names)
-        return labels, tuple(str(k) for k in range(int(labels.max(initial=0)) + 1))
+        largest = int(labels.max(initial=0))
+        if largest >= MOST_CLASSES:
+            raise ValueError(
+                f"label_column '{column}' holds the number {largest}, which looks like an id; name the column of the "
+                "labels, or number the classes 0..K-1"
+            )
+        return labels, tuple(str(k) for k in range(largest + 1))
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise ValueError(
             f"label_column '{column}' holds {kind}, which looks like a regression target; noise is diagnosed for "
@@ -78,7 +92,8 @@ def find_inputs(
     """Which columns a model reads: those named, else the only column of images, else the only one of texts.
 
     Raises:
-        ValueError: both kinds are named, a column doesn't exist, or there is not exactly one to choose.
+        ValueError: both kinds are named, a column doesn't exist or holds no texts, or there is not exactly one to
+            choose.
     """
     if image_column is not None and text_column is not None:
         raise ValueError(f"image_column '{image_column}' and text_column {text_column!r} are both given; give one")
@@ -89,10 +104,15 @@ def find_inputs(
         for column in columns:
             if column not in dataset.column_names:
                 raise ValueError(f"{kind}_column '{column}' is not among the columns {dataset.column_names}")
+            if kind == "text" and not _holds_texts(dataset.features[column]):
+                raise ValueError(
+                    f"text_column '{column}' holds no texts but {dataset.features[column]}; name a column of texts, or "
+                    f"make it one: dataset.cast_column('{column}', Value('string'))"
+                )
         return kind, columns
     others = {name: feature for name, feature in dataset.features.items() if name != label_column}
     images = [name for name, feature in others.items() if isinstance(feature, Image)]
-    texts = [name for name, feature in others.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
+    texts = [name for name, feature in others.items() if _holds_texts(feature)]
     if len(images) == 1:
         return "image", (images[0],)
     if len(texts) == 1 and not images:
@@ -101,6 +121,10 @@ def find_inputs(
         f"the columns {dataset.column_names} hold {len(images)} of images and {len(texts)} of texts, so it isn't clear "
         "what the model reads; set image_column or text_column"
     )
+
+
+def _holds_texts(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
 def load_backbone(model: str | Path, kind: Kind, num_classes: int) -> tuple[Any, Any]:
@@ -113,7 +137,7 @@ def load_backbone(model: str | Path, kind: Kind, num_classes: int) -> tuple[Any,
     settings = {"num_labels": num_classes, "ignore_mismatched_sizes": True}
     try:
         loaded, _ = load_pretrained(AUTO[kind].from_pretrained, model, **settings)
-        return loaded, load_processor(model, kind)
+        processor = load_processor(model, kind)
     except CodeRefused:
         raise
     except ValueError as error:
@@ -121,6 +145,13 @@ def load_backbone(model: str | Path, kind: Kind, num_classes: int) -> tuple[Any,
             f"model '{model}' can't be loaded to classify {kind}s: {error} "
             f"Give a pretrained {kind} model, or name the columns with image_column or text_column"
         ) from error
+    if kind == "text":
+        # On the right, so that words keep the positions that they have without padding. The mask hides it from the
+        # backbone, so any token will do where there is none for it, as with many decoders.
+        processor.padding_side = "right"
+        if processor.pad_token is None:
+            processor.pad_token = processor.eos_token
+    return loaded, processor
 
 
 def load_processor(model: str | Path, kind: Kind) -> Any:
@@ -160,6 +191,9 @@ def model_inputs(
 
     Args:
         image_size: pixels of each side, without cropping; by default what the processor says.
+
+    Raises:
+        ValueError: a row without its image.
     """
     data = dataset.with_format(None).select_columns(list(columns))
     if kind == "image" and not isinstance(data.features[columns[0]], Image):
@@ -170,6 +204,11 @@ def model_inputs(
     for start in range(0, len(order), BATCH_SIZE):
         batch = data[list(order[start : start + BATCH_SIZE])]
         if kind == "image":
+            if None in batch[columns[0]]:
+                raise ValueError(
+                    f"image_column '{columns[0]}' lacks the image in a row; drop such rows: "
+                    f"dataset.filter(lambda row: row['{columns[0]}'] is not None)"
+                )
             pictures = [picture.convert("RGB") for picture in batch[columns[0]]]
             yield dict(processor(pictures, return_tensors="pt", **resized))
         else:
@@ -188,7 +227,13 @@ def reading_order(dataset: Dataset, kind: Kind, columns: Sequence[str]) -> list[
 
 
 def labelled_rows(labels: Labels, most: int | None, seed: int) -> Labels:
-    """Rows that have a label, in order; at most so many, drawn by seed."""
+    """Rows that have a label, in order; at most so many, drawn by seed.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    if most is not None and most < 1:
+        raise ValueError(f"max_examples is {most}; give a whole number from 1 on, or None for all")
     rows = np.flatnonzero(labels != IGNORE_INDEX)
     if most is not None and most < len(rows):
         rows = np.sort(np.random.default_rng(seed).permutation(rows)[:most])

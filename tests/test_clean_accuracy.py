@@ -264,6 +264,16 @@ def test_draws_beyond_a_singular_matrix_leave_nothing_known() -> None:
     assert clean_accuracy(labels, labels, ASYMMETRIC, transition_samples=draws[-2:]).interval == (0, 1)
 
 
+def test_many_classes_and_heavy_noise_leave_the_sign_of_a_determinant() -> None:
+    """``|T| = (1 - rate K / (K - 1))^(K - 1)`` is here 1e-343, which no float holds; rows that swap turn its sign."""
+    matrix = symmetric_transition(340, 0.9)
+    assert np.linalg.det(matrix) == 0
+    swapped = matrix[[1, 0, *range(2, 340)]]
+    labels = np.arange(680) % 340
+    assert clean_accuracy(labels, labels, matrix, transition_samples=[matrix, matrix]).interval != (0, 1)
+    assert clean_accuracy(labels, labels, matrix, transition_samples=[swapped, swapped]).interval == (0, 1)
+
+
 METRIC = """
 import json, sys
 import evaluate

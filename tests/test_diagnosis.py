@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -18,7 +19,8 @@ import torch
 import transformers
 from checkpoints import save_base
 from cleanlab.rank import get_label_quality_scores
-from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from PIL import Image as Picture
 
 from hf_robust_ft import (
     Diagnosis,
@@ -28,6 +30,7 @@ from hf_robust_ft import (
     corrupt_labels,
     crossfit,
     diagnose,
+    frozen_features,
     load_transition,
     noise_shape,
     pair_flip_transition,
@@ -35,8 +38,9 @@ from hf_robust_ft import (
     symmetric_transition,
 )
 from hf_robust_ft.cli import main
-from hf_robust_ft.diagnosis import _shape
+from hf_robust_ft.diagnosis import SHAPES, _shape
 from hf_robust_ft.estimation.verdict import noise_level
+from hf_robust_ft.raw_examples import load_backbone, load_processor, model_inputs
 from hf_robust_ft.recommendation import as_code, as_flags, radius_for, recommend
 
 NAMES = ["ant", "bee", "cat"]
@@ -104,6 +108,10 @@ def test_the_data_set_gets_columns(flipped: tuple[Dataset, Diagnosis]) -> None:
         found.annotate(annotated)
     with pytest.raises(ValueError, match=r"dataset has 5 rows, but row 299 was diagnosed; give the same data set"):
         found.annotate(data.select(range(5)))
+    shuffled = data.shuffle(seed=1)
+    others = int((np.array(shuffled["label"][:]) != found.labels).sum())
+    with pytest.raises(ValueError, match=f"differs from the labels diagnosed in {others} of 300 rows.*not shuffled"):
+        found.annotate(shuffled)
 
 
 def test_it_is_kept_in_files(flipped: tuple[Dataset, Diagnosis], tmp_path: Path) -> None:
@@ -126,6 +134,21 @@ def test_it_is_kept_in_files(flipped: tuple[Dataset, Diagnosis], tmp_path: Path)
     (parsed,) = parser.parse_args_into_dataclasses(shlex.split(as_flags(saved.arguments)))
     assert {name: getattr(parsed, name) for name in saved.arguments} == saved.arguments
     assert eval(f"dict({as_code(saved.arguments)})") == saved.arguments
+
+
+def test_files_of_older_versions_do_not_tell_the_label_column(
+    flipped: tuple[Dataset, Diagnosis], tmp_path: Path
+) -> None:
+    data, found = flipped
+    assert found.label_column == "label"
+    found.save(tmp_path)
+    content = json.loads((tmp_path / "diagnosis.json").read_text())
+    del content["label_column"]
+    (tmp_path / "diagnosis.json").write_text(json.dumps(content))
+    old = Diagnosis.load(tmp_path)
+    assert old.label_column is None
+    annotated = old.annotate(data.rename_column("label", "kind"))
+    assert annotated["suspect_rank"][:] == found.suspect_rank.tolist()
 
 
 @pytest.mark.parametrize(
@@ -175,14 +198,36 @@ def test_a_loaded_model_words_as_labels_and_pairs(text_model: Path) -> None:
     found = diagnose(model, data, text_column=["first", "second"], processing_class=tokenizer)
     assert found.classes == tuple(NAMES)
     assert model.training
+    assert "suspect_score" in found.annotate(data).column_names
+    with pytest.raises(ValueError, match="label_column 'label' of dataset differs"):
+        found.annotate(data.select(range(149, -1, -1)))
     with pytest.raises(ValueError, match="processing_class is None; a loaded model needs"):
         diagnose(model, data, text_column="first")
 
 
+def test_a_decoder_whose_tokenizer_has_no_pad_token(text_model: Path, tmp_path: Path) -> None:
+    words = transformers.AutoTokenizer.from_pretrained(text_model).backend_tokenizer
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", eos_token="w49", padding_side="left"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = tiny.gpt2()
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path)
+    # Texts of several lengths, some of which end with the token that pads.
+    data = Dataset.from_dict({"text": ["w2", "w3 w4 w49", "w5 w6 w7 w8 w9", "w49 w49"], "label": [0, 1, 2, 0]})
+    loaded, processor = load_backbone(tmp_path, "text", 3)
+    found = frozen_features(loaded, model_inputs(data, "text", ["text"], processor, None, range(4)))
+    alone = frozen_features(loaded, (tokenizer(text, return_tensors="pt") for text in data["text"][:]))
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+    # A fine-tuned classifier looks for its last token by the pad token: that of its tokenizer stays.
+    assert load_processor(tmp_path, "text").pad_token is None
+    assert diagnose(tmp_path, texts(60), text_column="text").shape in SHAPES
+
+
 def photos(folder: Path, examples: int = 90) -> None:
     """An imagefolder: the brightness tells the class; of every fifth image the folder is the next class's."""
-    from PIL import Image as Picture
-
     rng = np.random.default_rng(0)
     for k in range(examples):
         label = (k % 3 + (k % 5 == 0)) % 3
@@ -285,6 +330,10 @@ def with_labels(labels: list[Any], feature: Any = None) -> Dataset:
         (with_labels([0, -1, 1] * 40), "label -1 lies outside"),
         (with_labels(["one"] * 40), "num_classes is 1"),
         (with_labels([-100] * 40), "are empty"),
+        (with_labels([0, 1, 10**12] * 40), "holds the number 1000000000000, which looks like an id; name the column"),
+        (with_labels([0, 1, 20_000] * 40), "num_classes is 20001, and label_column 'label' reach 20000; a transition"),
+        (texts(30).to_iterable_dataset(), "dataset is of type IterableDataset; give a datasets.Dataset.*streaming"),
+        (DatasetDict(train=texts(30)), "dataset is of type DatasetDict; give a datasets.Dataset.*one split"),
         (texts(60).add_column("other", ["w2"] * 60), "0 of images and 2 of texts.*set image_column or text_column"),
     ],
 )
@@ -298,6 +347,25 @@ def test_columns_that_contradict(text_model: Path) -> None:
         diagnose(text_model, texts(60), text_column="text", image_column="text")
     with pytest.raises(ValueError, match="text_column 'nothing' is not among the columns"):
         diagnose(text_model, texts(60), text_column="nothing")
+    with pytest.raises(ValueError, match=r"text_column 'clean_label' holds no texts but ClassLabel.*cast_column"):
+        diagnose(text_model, texts(60), text_column=["text", "clean_label"])
+
+
+@pytest.mark.parametrize("most", [-5, 0])
+def test_no_examples_are_refused(text_model: Path, most: int) -> None:
+    with pytest.raises(ValueError, match=f"max_examples is {most}; give a whole number from 1 on, or None for all"):
+        diagnose(text_model, texts(60), text_column="text", max_examples=most)
+
+
+def test_a_missing_image_is_refused(image_model: Path) -> None:
+    pictures = [Picture.new("RGB", (8, 8), (k, k, k)) if k != 40 else None for k in range(60)]
+    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
+    data = Dataset.from_dict({"image": pictures, "label": [k % 3 for k in range(60)]}, features=features)
+    remedy = r"drop such rows: (dataset.filter\(lambda row: row\['image'\] is not None\))"
+    with pytest.raises(ValueError, match=f"image_column 'image' lacks the image in a row; {remedy}") as refused:
+        diagnose(image_model, data)
+    kept = eval(re.search(remedy, str(refused.value))[1], {"dataset": data})  # type: ignore[index]
+    assert len(diagnose(image_model, kept).rows) == 59
 
 
 def test_models_that_can_not_diagnose(text_model: Path, image_model: Path, tmp_path: Path) -> None:
@@ -394,6 +462,25 @@ def test_shapes_have_names(transition: np.ndarray, name: str) -> None:
     found = noise_shape(transition, np.full(len(transition), 1 / len(transition)))
     assert found.name == name
     assert 0.75 <= found.explained <= 1
+
+
+@pytest.mark.parametrize("rarest", [1.0, 0.2, 0.05])
+def test_a_few_wrong_labels_of_every_class_change_no_name(rarest: float) -> None:
+    """Tables of counts, as good as estimates get: each class with 2 % of other mistakes and errors of its own."""
+    prior = np.geomspace(1, rarest, 10)
+    prior /= prior.sum()
+    most = _between(10, *((i, i + 1, 0.4) for i in range(8)))
+    for truth, name in (
+        (pair_flip_transition(10, 0.4), "pair_flip"),
+        (_between(10, (3, 5, 0.4), (5, 3, 0.4)), "particular_classes"),
+        (most, "particular_classes"),
+    ):
+        rng, found = np.random.default_rng(0), []
+        for _ in range(100):
+            rows = [rng.multinomial(int(1000 * p), 0.98 * row + 0.002) for p, row in zip(prior, truth, strict=True)]
+            counts = np.array(rows) + 0.1
+            found.append(noise_shape(counts / counts.sum(axis=1, keepdims=True), prior).name)
+        assert found.count(name) >= 98, (name, found)
 
 
 def test_recommendations_follow_what_was_measured(flipped: tuple[Dataset, Diagnosis]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from mixture import draw, mixture, row_tv
 
 from hf_robust_ft import (
@@ -264,6 +265,8 @@ X, Y, _ = mixture(60)
         ({"features": np.where(X[4, 2] == X, np.nan, X)}, r"features\[4, 2\] is nan; features must be finite"),
         ({"features": X[:, 0]}, r"features have shape \(60,\); give one row an example"),
         ({"features": [["a"]] * 60}, "features are not a matrix of numbers"),
+        ({"labels": np.where(Y == 1, -100, Y)}, r"labels: label -100 lies.*leave out.*features\[labels != -100\]"),
+        ({"labels": Y + 10**10}, "num_classes is 10000000003, and labels reach 10000000002; .* at most 10000 classes"),
         ({"method": "magic"}, "method is 'magic'; choose one of joint, confident_joint, dual_t, trusted"),
         ({"bootstrap": 5}, "bootstrap is 5; standard errors need at least 10 replicates"),
         ({"folds": 1}, "folds is 1"),
@@ -332,6 +335,24 @@ def test_scale_and_place_of_the_features_make_no_difference(factor: float, shift
     expected = estimate_transition(features, noisy, bootstrap=10)
     found = estimate_transition(factor * features + shift, noisy, bootstrap=10)
     np.testing.assert_allclose(found.transition, expected.transition, rtol=0, atol=1e-2)
+
+
+def test_features_may_be_a_tensor_of_any_precision() -> None:
+    x, y, _ = mixture(60)
+    half = torch.tensor(x, requires_grad=True).bfloat16()
+    found = estimate_transition(half, y, bootstrap=10)  # type: ignore[arg-type]
+    expected = estimate_transition(half.detach().double().numpy(), y, bootstrap=10)
+    np.testing.assert_array_equal(found.transition, expected.transition)
+
+
+@pytest.mark.parametrize("row", [[1 / 3, 1 / 3, 1 / 3], [0.2, 0.3, 0.5]])
+def test_probabilities_that_say_nothing_identify_nothing(row: list[float]) -> None:
+    """Every replicate then finds the same T, whose entries are all about 1/3."""
+    found = estimate_transition(None, np.arange(60) % 3, probabilities=np.tile(row, (60, 1)), bootstrap=10)
+    np.testing.assert_allclose(found.transition, 1 / 3, atol=1e-4)
+    assert not found.identifiable
+    assert not found.informative
+    assert "not identifiable" in found.verdict
 
 
 def test_features_whose_squares_overflow_are_refused() -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from ..noise import Matrix, check_labels
+from ..noise import IGNORE_INDEX, MAX_CLASSES, Matrix
 
 # The sum of its squares is finite for any number of examples.
 LARGEST = 1e145
@@ -24,6 +25,8 @@ def check_features(features: Any, name: str = "features") -> Matrix:
     Raises:
         ValueError: another shape, no numbers, or an entry that is not finite.
     """
+    if isinstance(features, torch.Tensor):  # numpy takes none in bfloat16, on a GPU or with a gradient
+        features = features.detach().cpu().double()
     try:
         array = np.asarray(features, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -68,7 +71,7 @@ def check_class_labels(
 
     Raises:
         ValueError: soft or multi-label targets, labels that are no integers or lie outside 0..K-1, another
-            number of them than of features, or K below 2.
+            number of them than of features, or K below 2 or above 10,000.
     """
     array = np.asarray(labels)
     if array.ndim != 1:
@@ -85,8 +88,18 @@ def check_class_labels(
     classes = int(array.max()) + 1 if num_classes is None else num_classes
     if classes < 2:
         raise ValueError(f"num_classes is {classes}; a transition matrix needs at least 2 classes")
+    if classes > MAX_CLASSES:
+        raise ValueError(
+            f"num_classes is {classes}, and {name} reach {array.max()}; a transition matrix has at most {MAX_CLASSES} "
+            "classes: number them 0..K-1, or are these ids?"
+        )
     array = array.astype(np.int64)
-    check_labels(array, classes)
+    outside = array[(array < 0) | (array >= classes)]
+    if outside.size:
+        raise ValueError(
+            f"{name}: label {outside[0]} lies outside 0..{classes - 1} ({outside.size} such labels); map labels to "
+            f"0..{classes - 1}, and leave out the examples that have none (features[labels != {IGNORE_INDEX}])"
+        )
     return array, classes
 
 

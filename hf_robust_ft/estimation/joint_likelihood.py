@@ -110,9 +110,9 @@ def joint_transition(scores: Matrix, labels: Labels, starts: Sequence[Matrix], g
 def _by_splits(fit: JointFit, scores: Matrix, labels: Labels, gold: Gold | None) -> JointFit:
     """A higher maximum, if splitting one of the largest classes and giving up a nearly empty one leads there.
 
-    Under pair flips a climb can end where one class stands for two true ones and another for next to none: for 1,000
-    WordNet definitions with pair flips of 40 % in 3 of 61 draws (recipes/RESULTS.md). No small step leads out of there,
-    as the classes in between would have to take each other's places. (Split and merge: Ueda et al. 2000.)
+    Under pair flips a climb can end where one class stands for two true ones and another for next to none. No small
+    step leads out of there, as the classes in between would have to take each other's places. (Split and merge: Ueda
+    et al. 2000.)
     """
     shape, fewest = fit.weights.shape, np.bincount(labels).min()
     for _ in range(ROUNDS):

@@ -15,7 +15,6 @@ from ..stored import Count, Share, Size, Within, checked_fields, in_json, read_j
 from .verdict import NoiseLevel, noise_level
 
 FORMAT = "hf_robust_ft.TransitionEstimate/1"
-ARRAYS = ("transition", "standard_error", "interval", "clean_prior", "effective_counts", "counts", "draws")
 
 # The text of an estimate prints T whole up to this many classes, and its largest entries beyond.
 PRINTED_CLASSES = 12

@@ -29,7 +29,7 @@ from .curvature import HessianReport, measure_hessian
 from .features import num_classes
 from .files import NotWritten, written_whole
 from .layers import find_layers
-from .noise import InverseTransition, Matrix, invert_transition, load_transition, read_transition
+from .noise import inverse_of, load_transition, read_transition
 from .reference import ReferenceMismatch, capture_reference, load_reference, reference_digest, save_reference
 from .report_bounds import report_bounds
 from .risks import Labels, MeasuredRisk, measure_risk
@@ -146,14 +146,6 @@ def measured_loss(model: nn.Module, transition: Any) -> CorrectedLoss | None:
         return None
     kind = loss_type(model)
     return CorrectedLoss("backward", transition, num_classes=num_classes(model, kind), shift=kind == "ForCausalLM")
-
-
-def inverse_of(matrix: Matrix) -> InverseTransition | None:
-    """Of T, [K, K]; None where T is singular or nearly so: posteriors need no inverse, the corrected losses do."""
-    try:
-        return invert_transition(matrix)
-    except ValueError:
-        return None
 
 
 def correctable(model: nn.Module, transition: Any) -> Any:

@@ -184,6 +184,14 @@ def invert_transition(transition: Matrix) -> InverseTransition:
     return InverseTransition(inverse, condition, float(np.abs(inverse).sum(axis=1).max()))
 
 
+def inverse_of(matrix: Matrix) -> InverseTransition | None:
+    """T⁻¹ of T, [K, K]; None where T is singular or nearly so: posteriors need no inverse, the corrected losses do."""
+    try:
+        return invert_transition(matrix)
+    except ValueError:
+        return None
+
+
 def corrupt_labels(labels: npt.ArrayLike, transition: Any, seed: int) -> npt.NDArray[np.int64]:
     """Draw noisy labels from clean ones: each label y becomes j with probability ``T[y, j]``.
 

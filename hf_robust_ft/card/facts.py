@@ -19,8 +19,7 @@ from transformers import TrainingArguments
 from transformers.modelcard import TASK_MAPPING
 from transformers.trainer_callback import TrainerState
 
-from ..hessian_measurement import inverse_of
-from ..noise import load_transition
+from ..noise import inverse_of, load_transition
 from ..redaction import redacted
 from .data import CardData, plain
 

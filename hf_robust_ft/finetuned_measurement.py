@@ -72,12 +72,12 @@ def measure_finetuned(
         examples, time_budget: see :meth:`HessianRegularizedTrainer.measure_hessian`.
         noise_transition: T of the labels of ``dataset``, see :func:`~hf_robust_ft.load_transition`; None takes them as
             they are.
-        eval_labels: ``"clean"``; ``"noisy"``: with T, which is that of the evaluation labels, too; or not known.
+        eval_labels: ``"clean"``; ``"noisy"`` (T is that of the evaluation labels, too); ``"as given"``, if not known.
         seed: of the draw of examples.
 
     Raises:
-        ValueError: a column that is missing or not clear, classes that are not those of the head, a model without head
-            or reference, weights or losses that are not finite, a T of other classes.
+        ValueError: noisy evaluation labels without T, a column that is missing or not clear, classes that are not those
+            of the head, a model without head or reference, weights or losses that are not finite, a T of other classes.
         ReferenceMismatch: a reference of another kind, with other shapes, or the model's very weights.
         OSError: no such model or file, or a model without image processor or tokenizer.
         ImportError: an adapter, without peft.
@@ -85,6 +85,8 @@ def measure_finetuned(
     """
     kind, columns = find_inputs(dataset, label_column, image_column, text_column)
     matrix = None if noise_transition is None else read_transition(noise_transition)
+    if matrix is None and eval_labels == "noisy":
+        raise ValueError("eval_labels is 'noisy', but noise_transition is not given; give T, or leave eval_labels out")
     logger.info("loading %s", model)
     found = load_finetuned(model, kind, reference)
     reference = reference or found.base
@@ -105,8 +107,6 @@ def measure_finetuned(
 
     known: Labels = "as given" if transition is None else "noisy"
     training = example_set("training", dataset, known)
-    if transition is None and eval_labels == "noisy":
-        eval_labels = "as given"
     held_out = [] if eval_dataset is None else [example_set("eval", eval_dataset, eval_labels)]
     logger.info("loading %s", reference)
     weights, described = read_reference(loaded, reference)

@@ -170,6 +170,15 @@ def test_noise_of_the_training_labels(base: Path, tuned: Path, data: Path, tmp_p
     assert "corrected by" not in (tmp_path / "noisy" / "README.md").read_text(encoding="utf-8")
 
 
+def test_noisy_evaluation_labels_need_a_transition(
+    base: Path, tuned: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--eval-dataset", str(data / "test.parquet"), "--eval-labels", "noisy"]
+    assert main(words(tuned, base, data, tmp_path / "out", *more)) != 0
+    assert "eval_labels is 'noisy', but noise_transition is not given" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_classes_go_by_their_names(base: Path, data: Path, tmp_path: Path) -> None:
     """One model with classes in two orders, its head's rows with them, on one data set."""
     order = [2, 0, 1]

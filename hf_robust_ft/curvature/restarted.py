@@ -12,7 +12,7 @@ from torch import Tensor
 MAX_PRODUCTS = 2000
 
 # Numbers of the basis in one product with it. A sum within is made in the precision of the vectors, one of sums in
-# float64: a float32 sum of 20 million numbers is off by a thousandth. A restart needs room for as many.
+# float64: float32 sums of 20 million numbers lose the fourth digit. A restart needs room for as many.
 BLOCK_NUMBERS = 1 << 20
 
 

@@ -254,8 +254,8 @@ def _starts(distribution: Distribution, count: int, mean: MeanLoss, seed: int) -
 def basis(count: int) -> int:
     """How many vectors are kept for some eigenvalues.
 
-    Where the largest eigenvalues stand out, as they do of networks near a minimum, more take no fewer products; where
-    they lie dense they do, 14 clearly fewer than 10 (recipes/RESULTS.md).
+    Where the largest eigenvalues stand out, as they do of networks near a minimum, more take hardly fewer products;
+    where they lie dense 14 take clearly fewer than 10 (recipes/RESULTS.md).
     """
     return max(2 * count + 1, 14)
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .innermost import innermost
+
 
 def backbone_of(model: nn.Module) -> nn.Module:
     """The pretrained part of a transformers model, without its head.
@@ -17,9 +19,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a model without one.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = model.get_base_model()  # type: ignore[operator]
+    model = innermost(model)
     base = getattr(model, "base_model", None)
     if not isinstance(base, nn.Module) or base is model:
         raise ValueError(

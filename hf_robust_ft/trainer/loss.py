@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..clean_accuracy import CleanAccuracy, clean_accuracy
-from ..corrected_loss import CorrectedLoss, router_loss, with_decoder_inputs, with_loss_first
+from ..corrected_loss import CorrectedLoss, with_loss_first
 from ..data import check_dataset_labels
 from ..features import make_corrected_loss, requires_argument
 from ..noise import load_transition
@@ -25,6 +25,7 @@ from ..noisy_evaluation import (
     make_noisy_evaluation,
     noisy_datasets,
 )
+from ..withheld_labels import router_loss, with_decoder_inputs
 from .labels import LabelTrainer
 
 logger = logging.getLogger(__name__)
